@@ -1,0 +1,1 @@
+"""What builds, executes and checks the book; the package itself needs none of it."""

@@ -1,0 +1,97 @@
+"""The book's Sphinx extension: the public address, and the two generated parts of the front matter.
+
+The address stands in `[project.urls]` of pyproject.toml and nowhere else. What a chapter promises and
+which functions it derives stand in `book/chapters.yml`, from which the first page's list and the links
+of the API reference are made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from sphinx.application import Sphinx
+from sphinx.config import Config
+
+ROOT = Path(__file__).parents[1]
+
+
+def address(root: Path = ROOT) -> dict[str, str]:
+    """`site` and `repository`, without a closing slash."""
+    urls = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    return {"site": urls["Homepage"].rstrip("/"), "repository": urls["Repository"].rstrip("/")}
+
+
+def chapter_table(root: Path = ROOT) -> dict[str, dict[str, Any]]:
+    """Chapter name to its `promise` (one line) and what it `derives` (public names)."""
+    return yaml.safe_load((root / "book" / "chapters.yml").read_text(encoding="utf-8"))
+
+
+def derived_in(root: Path = ROOT) -> dict[str, str]:
+    """Public name to the chapter that derives it."""
+    return {name: chapter for chapter, row in chapter_table(root).items() for name in row["derives"]}
+
+
+def set_address(app: Sphinx, config: Config) -> None:
+    urls = address()
+    config.html_baseurl = config.ogp_site_url = urls["site"] + "/"
+    # Not `update`: the theme keeps a reference to the dictionary it was given.
+    config.html_theme_options["repository_url"] = urls["repository"]
+
+
+def fill_page(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Put the generated lists where a page asks for them by an HTML comment."""
+    generators = {"<!-- chapters -->": chapter_list, "<!-- api -->": api_reference}
+    for mark, generate in generators.items():
+        if mark in source[0]:
+            source[0] = source[0].replace(mark, generate(app))
+
+
+def chapter_list(app: Sphinx) -> str:
+    lines = []
+    for name, row in chapter_table().items():
+        if f"book/{name}" in app.env.found_docs:
+            lines.append(f"{{doc}}`/book/{name}`\n: {row['promise']}\n")
+    return "\n".join(lines)
+
+
+def api_reference(app: Sphinx) -> str:
+    """One section per module of the package, with every public name it defines."""
+    package = importlib.import_module("fisherbook")
+    modules: dict[str, list[str]] = {}
+    for name in package.__all__:
+        value = getattr(package, name)
+        if not inspect.ismodule(value):
+            modules.setdefault(value.__module__, []).append(name)
+    return "\n\n".join(_module_section(module, names) for module, names in modules.items())
+
+
+def _module_section(module: str, names: list[str]) -> str:
+    summary = (inspect.getdoc(importlib.import_module(module)) or "").split("\n\n")[0]
+    package = importlib.import_module("fisherbook")
+    lines = [f"## {module.removeprefix('fisherbook.')}", "", " ".join(summary.split()), "", "```{eval-rst}"]
+    for name in names:
+        directive = "autoclass" if inspect.isclass(getattr(package, name)) else "autofunction"
+        lines += [f".. {directive}:: fisherbook.{name}"]
+        lines += ["   :members:", ""] if directive == "autoclass" else [""]
+    return "\n".join([*lines, "```"])
+
+
+def link_chapter(
+    app: Sphinx, kind: str, name: str, value: object, options: Any, lines: list[str]
+) -> None:
+    """Close a docstring with a link to the chapter that derives its subject."""
+    chapter = derived_in().get(name.removeprefix("fisherbook."))
+    if chapter is not None and f"book/{chapter}" in app.env.found_docs:
+        lines += ["", f"Chapter: :doc:`/book/{chapter}`.", ""]
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("config-inited", set_address, priority=1)
+    app.connect("source-read", fill_page, priority=1)
+    app.connect("autodoc-process-docstring", link_chapter)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
