@@ -1,4 +1,4 @@
-"""The book's Sphinx extension: the public address, and the two generated parts of the front matter.
+"""The book's Sphinx extension: the public address, and the generated parts of the front matter.
 
 The address stands in `[project.urls]` of pyproject.toml and nowhere else. What a chapter promises and
 which functions it derives stand in `book/chapters.yml`, from which the first page's list and the links
@@ -8,14 +8,20 @@ of the API reference are made.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import inspect
+import platform
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import yaml
+from jupyter_cache import get_cache
 from sphinx.application import Sphinx
 from sphinx.config import Config
+
+from tools.inputs import documents
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +51,12 @@ def set_address(app: Sphinx, config: Config) -> None:
 
 def fill_page(app: Sphinx, docname: str, source: list[str]) -> None:
     """Put the generated lists where a page asks for them by an HTML comment."""
-    generators = {"<!-- chapters -->": chapter_list, "<!-- api -->": api_reference}
+    generators = {
+        "<!-- chapters -->": chapter_list,
+        "<!-- api -->": api_reference,
+        "<!-- executions -->": execution_table,
+        "<!-- versions -->": version_table,
+    }
     for mark, generate in generators.items():
         if mark in source[0]:
             source[0] = source[0].replace(mark, generate(app))
@@ -79,6 +90,27 @@ def _module_section(module: str, names: list[str]) -> str:
         lines += [f".. {directive}:: fisherbook.{name}"]
         lines += ["   :members:", ""] if directive == "autoclass" else [""]
     return "\n".join([*lines, "```"])
+
+
+def execution_table(app: Sphinx) -> str:
+    """Page, code cells and seconds of the execution that these pages show."""
+    cache = get_cache(app.config.nb_execution_cache_path or Path(app.outdir).parent / ".jupyter_cache")
+    rows = ["| page | cells | seconds |", "| --- | ---: | ---: |"]
+    for path in documents(Path(app.srcdir)):
+        if path.suffix == ".ipynb":
+            notebook = nbformat.read(path, as_version=4)
+            cells = sum(cell.cell_type == "code" for cell in notebook.cells)
+            seconds = cache.match_cache_notebook(notebook).data["execution_seconds"]
+            rows.append(f"| {{doc}}`/book/{path.stem}` | {cells} | {seconds:.1f} |")
+    return "\n".join(rows)
+
+
+def version_table(app: Sphinx) -> str:
+    names = ["fisherbook", "jax", "jaxlib", "numpy", "numpyro", "equinox"]
+    names += ["matplotlib", "scipy", "scikit-learn", "statsmodels"]
+    rows = ["| | version |", "| --- | --- |", f"| Python | {platform.python_version()} |"]
+    rows += [f"| {name} | {importlib.metadata.version(name)} |" for name in names]
+    return "\n".join(rows)
 
 
 def link_chapter(

@@ -29,6 +29,7 @@ from tools.notebooks import ChapterFailed, execute
 CELL_STRIDE = 10_000
 LOCATION = re.compile(r"(?P<path>[^\s:]+\.(?:ipynb|md|py)):(?P<line>\d+)")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+EXCEPTION = re.compile(r"[\w.]+(Error|Exception): .")
 COMPLAINT = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b")
 
 
@@ -136,6 +137,8 @@ def _write_pages(root: Path) -> list[str]:
         return []
     complaints = [line for line in output.splitlines() if COMPLAINT.search(line)]
     complaints = [line for line in complaints if "warnings treated as errors" not in line]
+    # Without a warning, Sphinx itself or an extension raised: show the last thing said of each error.
+    complaints = complaints or [line for line in output.splitlines() if EXCEPTION.match(line)]
     return [name_cell(line, root) for line in dict.fromkeys(complaints)] or [output[-4000:]]
 
 
