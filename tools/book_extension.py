@@ -113,9 +113,7 @@ def version_table(app: Sphinx) -> str:
     return "\n".join(rows)
 
 
-def link_chapter(
-    app: Sphinx, kind: str, name: str, value: object, options: Any, lines: list[str]
-) -> None:
+def link_chapter(app: Sphinx, kind: str, name: str, value: object, options: Any, lines: list[str]) -> None:
     """Close a docstring with a link to the chapter that derives its subject."""
     chapter = derived_in().get(name.removeprefix("fisherbook."))
     if chapter is not None and f"book/{chapter}" in app.env.found_docs:

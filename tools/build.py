@@ -29,6 +29,7 @@ from tools.notebooks import ChapterFailed, execute
 CELL_STRIDE = 10_000
 LOCATION = re.compile(r"(?P<path>[^\s:]+\.(?:ipynb|md|py)):(?P<line>\d+)")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+PROOF_LOCATION = re.compile(r"(?P<stem>\S+)\.ip\.rst: (?P<what>.*?'(?P<label>[^']+)'.*)")
 EXCEPTION = re.compile(r"[\w.]+(Error|Exception): .")
 COMPLAINT = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b")
 
@@ -147,12 +148,29 @@ def name_cell(complaint: str, root: Path) -> str:
 
     def replace(match: re.Match[str]) -> str:
         path, line = Path(match["path"]), int(match["line"])
-        shown = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
         if path.suffix == ".ipynb" and line >= CELL_STRIDE:
-            return f"{shown}, cell {line // CELL_STRIDE}, line {line % CELL_STRIDE}"
-        return f"{shown}, line {line}"
+            return f"{_shown(path, root)}, cell {line // CELL_STRIDE}, line {line % CELL_STRIDE}"
+        return f"{_shown(path, root)}, line {line}"
 
-    return LOCATION.sub(replace, complaint)
+    proof = PROOF_LOCATION.match(complaint)
+    if proof is None:
+        return LOCATION.sub(replace, complaint, count=1)
+    # sphinx-proof gives the page without the line, and the page's suffix wrong; the label leads to the cell.
+    path = Path(proof["stem"] + ".ipynb")
+    cell = _cell_that_names(path, proof["label"])
+    return f"{_shown(path, root)}{cell}: {proof['what']}"
+
+
+def _shown(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def _cell_that_names(path: Path, label: str) -> str:
+    if path.is_file():
+        for number, cell in enumerate(nbformat.read(path, as_version=4).cells, start=1):
+            if label in cell.source:
+                return f", cell {number}"
+    return ""
 
 
 def _announce(index: Path) -> int:

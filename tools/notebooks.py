@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,8 @@ def execute(notebook: NotebookNode, path: Path) -> float:
     """Run every cell in place and return the seconds it took; raise `ChapterFailed` otherwise."""
     # The same numbers on a machine with an accelerator as on one without.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # The kernel inherits the environment, and shows no figure if it names another backend.
+    os.environ.pop("MPLBACKEND", None)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
@@ -57,9 +60,7 @@ def execute(notebook: NotebookNode, path: Path) -> float:
 def normalise(notebook: NotebookNode, name: str) -> NotebookNode:
     """The committed form of an executed notebook; applying it twice changes nothing."""
     notebook.nbformat, notebook.nbformat_minor = 4, 5
-    notebook.metadata = NotebookNode(
-        kernelspec=NotebookNode(KERNEL), language_info=NotebookNode(name="python")
-    )
+    notebook.metadata = NotebookNode(kernelspec=NotebookNode(KERNEL), language_info=NotebookNode(name="python"))
     count = 0
     for position, cell in enumerate(notebook.cells):
         cell.id = f"{name.replace('_', '-')[:56]}-{position:03d}"
@@ -87,11 +88,7 @@ def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
     joined: list[NotebookNode] = []
     for output in outputs:
         last = joined[-1] if joined else None
-        if (
-            last is not None
-            and output.output_type == last.output_type == "stream"
-            and output.name == last.name
-        ):
+        if last is not None and output.output_type == last.output_type == "stream" and output.name == last.name:
             last.text += output.text
         else:
             joined.append(output)
@@ -124,12 +121,14 @@ def _failing_cell(notebook: NotebookNode) -> tuple[int, NotebookNode | None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Re-run and normalise the committed chapters.")
+    parser = argparse.ArgumentParser(description="Format, re-run and normalise the committed chapters.")
     parser.add_argument("chapter", nargs="*", help="names or paths; all chapters by default")
     parser.add_argument("--root", type=Path, default=Path.cwd())
     options = parser.parse_args(arguments)
     # A chapter need not be in the table of contents yet to be executed by name.
     paths = [_find(options.root, name) for name in options.chapter] or chapters(options.root)
+    # The style that `make test` asks for; a cell that does not parse is reported when it runs.
+    subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", *paths], check=False, stderr=subprocess.DEVNULL)
     for position, path in enumerate(paths, start=1):
         notebook = nbformat.read(path, as_version=4)
         try:
