@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import inspect
 import platform
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ from sphinx.config import Config
 from tools.inputs import documents
 
 ROOT = Path(__file__).parents[1]
+MENDINGS = [
+    (re.compile(r' id="(proof|exercise|solution)-content"'), ""),
+    (re.compile(r'<div class="proof admonition" id="proof">\s*<p>Proof\.'), '<div class="proof-text"><p><em>Proof.</em>'),
+    (re.compile(r'<div role="list" class="citation-list">'), '<div class="citation-list">'),
+    (re.compile(r' role="doc-biblioentry"'), ""),
+]
 
 
 def address(root: Path = ROOT) -> dict[str, str]:
@@ -120,8 +127,16 @@ def link_chapter(app: Sphinx, kind: str, name: str, value: object, options: Any,
         lines += ["", f"Chapter: :doc:`/book/{chapter}`.", ""]
 
 
+def mend_html(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
+    """Mend what the extensions write: ids that stand several times on a page, and roles that ARIA forbids."""
+    if "body" in context:
+        for wrong, right in MENDINGS:
+            context["body"] = wrong.sub(right, context["body"])
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("config-inited", set_address, priority=1)
     app.connect("source-read", fill_page, priority=1)
     app.connect("autodoc-process-docstring", link_chapter)
+    app.connect("html-page-context", mend_html)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
