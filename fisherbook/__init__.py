@@ -1,3 +1,17 @@
-"""Fisher information, computed three independent ways."""
+"""Fisher information, computed three independent ways and never confused with anything else."""
+
+from .distributions import from_log_prob as from_log_prob
+from .hellinger import hellinger_distance as hellinger_distance
+from .hellinger import hellinger_embedding as hellinger_embedding
+from .hellinger import hellinger_jacobian as hellinger_jacobian
+from .kl import kl_curvature as kl_curvature
+from .kl import kl_divergence as kl_divergence
+from .law import Data as Data
+from .law import Exact as Exact
+from .law import MonteCarlo as MonteCarlo
+from .model import parameter_names as parameter_names
+from .score import expected_hessian as expected_hessian
+from .score import score as score
+from .score import score_covariance as score_covariance
 
 __version__ = "0.1.0"

@@ -1,0 +1,211 @@
+"""A statistical model: a callable from parameters (and inputs) to a distribution.
+
+Everything that depends on how a distribution presents itself (numpyro, distrax, TensorFlow
+Probability, a density of one's own) is adapted here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from .distributions import adapt
+
+Model = Callable[..., Any]
+
+
+def is_traced(*trees: Any) -> bool:
+    """Whether any leaf is abstract (inside `jit`, `vmap` or `grad`), so that its value cannot be read."""
+    return any(isinstance(leaf, jax.core.Tracer) for tree in trees for leaf in jax.tree.leaves(tree))
+
+
+def require(ok: Any, value: Any, message: str | Callable[[], str]) -> Any:
+    """Return `value`, or raise `ValueError`: at once where `ok` is known, through `equinox.error_if` under jit."""
+    if isinstance(ok, jax.core.Tracer):
+        import equinox  # only needed here, and a tenth of a second to import
+
+        return equinox.error_if(value, ~ok, message if isinstance(message, str) else message())
+    if not bool(ok):
+        raise ValueError(message if isinstance(message, str) else message())
+    return value
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    return keystr(path, simple=True, separator=".") or "theta"
+
+
+def parameter_names(theta: Any) -> list[str]:
+    """Name the d scalars of `theta` in `ravel_pytree` order, the order of every matrix here.
+
+    Args:
+        theta: parameter pytree with d scalars.
+
+    Returns:
+        d strings.
+
+    Example:
+        >>> parameter_names({"beta": jnp.zeros(2), "sigma": 1.0})
+        ['beta[0]', 'beta[1]', 'sigma']
+    """
+    names = []
+    for path, leaf in tree_flatten_with_path(theta)[0]:
+        name, shape = path_name(path), np.shape(leaf)
+        names += [f"{name}[{','.join(map(str, i))}]" if shape else name for i in np.ndindex(*shape)]
+    return names
+
+
+def flatten(theta: Any, name: str = "theta") -> tuple[jax.Array, Callable[[jax.Array], Any]]:
+    """Ravel a parameter pytree to [d], refusing what has no derivative or no value."""
+    leaves = tree_flatten_with_path(theta)[0]
+    if sum(np.size(leaf) for _, leaf in leaves) == 0:
+        raise ValueError(f"{name} is empty: it must hold at least one floating-point number")
+    for path, leaf in leaves:
+        dtype = np.asarray(leaf).dtype if not isinstance(leaf, jax.Array) else leaf.dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating point, but {path_name(path)} is {dtype}: write 1.0, not 1")
+        if dtype == np.float64 and not isinstance(leaf, float) and not jax.config.jax_enable_x64:
+            warnings.warn(
+                f"{name} is float64 but JAX computes in float32: "
+                'call jax.config.update("jax_enable_x64", True) before the first array',
+                stacklevel=4,
+            )
+    flat, unravel = ravel_pytree(jax.tree.map(jnp.asarray, theta))
+    if is_traced(flat):
+        return require(jnp.all(jnp.isfinite(flat)), flat, f"{name} is not finite"), unravel
+    return require(np.isfinite(flat).all(), flat, lambda: f"{name} is not finite: {_culprits(theta)}"), unravel
+
+
+def _culprits(theta: Any) -> str:
+    values = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(theta)])
+    return ", ".join(f"{n} = {v}" for n, v in zip(parameter_names(theta), values, strict=True) if not np.isfinite(v))
+
+
+def row_count(x: Any, name: str = "x") -> int:
+    """Length of the leading axis that all leaves of `x` share."""
+    leaves = tree_flatten_with_path(x)[0]
+    if not leaves or any(np.ndim(leaf) == 0 for _, leaf in leaves):
+        raise ValueError(f"{name} must hold arrays with a leading axis, one row per observation")
+    lengths = {path_name(path): np.shape(leaf)[0] for path, leaf in leaves}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the arrays of {name} have different lengths: {lengths}")
+    n = next(iter(lengths.values()))
+    if n == 0:
+        raise ValueError(f"{name} has no rows")
+    return int(n)
+
+
+def take_rows(x: Any, rows: Any) -> Any:
+    return jax.tree.map(lambda a: a[rows], x)
+
+
+def call(model: Model, theta: Any, x: Any) -> Any:
+    """The distribution `model(theta)` or `model(theta, x)`, checked to be one."""
+    distribution = model(theta) if x is None else model(theta, x)
+    if not callable(getattr(distribution, "log_prob", None)) or not hasattr(distribution, "batch_shape"):
+        raise TypeError(
+            f"model returned {type(distribution).__name__}, which is not a distribution: "
+            "it needs log_prob, sample and batch_shape (numpyro.distributions have them; "
+            "fisherbook.from_log_prob makes a model of a log-density of your own)"
+        )
+    return adapt(distribution)
+
+
+def _base(distribution: Any) -> Any:
+    """What `Independent` wraps: `base_dist` in numpyro, `distribution` in distrax and TFP."""
+    while type(distribution).__name__ == "Independent":
+        distribution = getattr(distribution, "base_dist", None) or distribution.distribution
+    return distribution
+
+
+@dataclass(frozen=True)
+class Conditional:
+    """p(y | x, theta) for a block of rows, seen coordinate by coordinate.
+
+    `split` keeps the m independent coordinates of an `Independent` event apart ("sites"), so that
+    their information can be added; otherwise a whole event is one site. An unconditional model is
+    one row. Outcomes have shape [k, n, *sites, *event], log-probabilities [k, n, m].
+    """
+
+    distribution: Any
+    rows: int
+    conditional: bool
+    sites: tuple[int, ...]
+
+    @staticmethod
+    def of(model: Model, theta: Any, x: Any, split: bool) -> Conditional:
+        whole = call(model, theta, x)
+        n = 1 if x is None else row_count(x)
+        expected, batch = (() if x is None else (n,)), tuple(whole.batch_shape)
+        if batch != expected:
+            where = "model(theta)" if x is None else f"model(theta, x) for {n} rows of x"
+            raise ValueError(
+                f"{where} has batch_shape {batch}, but must have {expected}: one distribution per "
+                "observation; declare several outputs per observation as an event with .to_event(1)"
+            )
+        inner = _base(whole) if split else whole
+        return Conditional(inner, n, x is not None, tuple(inner.batch_shape)[len(expected) :])
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return ((self.rows,) if self.conditional else ()) + self.sites
+
+    def log_prob(self, y: jax.Array) -> jax.Array:
+        """log p(y) for y [k, n, *sites, *event], as [k, n, m]."""
+        y = y if self.conditional else y[:, 0]
+        value = jnp.asarray(self.distribution.log_prob(y))
+        if value.shape != (y.shape[0], *self.batch):
+            raise ValueError(
+                f"log_prob of {type(self.distribution).__name__} has shape {value.shape} for outcomes of shape "
+                f"{y.shape}, but must give one number per observation: {(y.shape[0], *self.batch)}"
+            )
+        return value.reshape(y.shape[0], self.rows, -1)
+
+    def inside(self, y: jax.Array) -> jax.Array:
+        """Whether y [k, n, *sites, *event] lies in the support, as [k, n, m]."""
+        y = y if self.conditional else y[:, 0]
+        support = getattr(self.distribution, "support", None)
+        shape = (y.shape[0], *self.batch)
+        if support is None or not callable(support):
+            ok = jnp.ones(shape, bool)
+        else:
+            ok = jnp.broadcast_to(support(y), shape)
+        return ok.reshape(y.shape[0], self.rows, -1)
+
+
+def sample(distribution: Any, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Draws [*shape, *batch, *event]; TFP and distrax call the key `seed`."""
+    try:
+        return distribution.sample(key, sample_shape=shape)
+    except TypeError:
+        return distribution.sample(sample_shape=shape, seed=key)
+
+
+def check_observations(model: Model, theta: Any, y: Any, x: Any, name: str = "y") -> jax.Array:
+    """`y` as an array whose rows pair with `x` and lie in the model's support."""
+    y = jnp.asarray(y)
+    if y.ndim == 0 or y.shape[0] == 0:
+        raise ValueError(f"{name} must have a leading axis with at least one observation, but has shape {y.shape}")
+    if x is not None and row_count(x) != y.shape[0]:
+        raise ValueError(f"x has {row_count(x)} rows but {name} has {y.shape[0]}")
+    block = Conditional.of(model, theta, x, split=False)
+    event = tuple(block.distribution.event_shape)
+    if y.shape[1:] != event:
+        raise ValueError(f"{name} has rows of shape {y.shape[1:]} but the model's events have shape {event}")
+    if is_traced(theta, x, y):
+        ok = jnp.all(block.inside(y[None] if x is not None else y[:, None]))
+        return require(ok, y, f"{name} has values outside the support of the model")
+    stacked = y[None] if x is not None else y[:, None]
+    possible = np.ravel(block.inside(stacked)) & (np.ravel(block.log_prob(stacked)) > -np.inf)
+    if not possible.all():
+        i = int(np.argmin(possible))
+        support = getattr(block.distribution, "support", "its support")
+        raise ValueError(f"{name}[{i}] = {np.asarray(y[i])} is impossible under the model: outside {support}")
+    return y
