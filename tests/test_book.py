@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import fisherbook
-from tools.book_extension import address, chapter_table, derived_in
+from tools.book_extension import address, chapter_table, derived_in, public_names
 from tools.inputs import chapters, documents
 from tools.notebooks import normalise
 
@@ -65,10 +65,6 @@ def text_of(output):
     return output.get("text", "") + "".join(str(value) for value in output.get("data", {}).values())
 
 
-def public_names():
-    return [name for name in fisherbook.__all__ if not name.startswith("_")]
-
-
 # ---- the whole book ----
 
 
@@ -82,7 +78,7 @@ def test_the_tables_of_chapters_agree():
 def test_every_public_name_has_one_chapter_that_derives_it():
     listed = [name for row in chapter_table().values() for name in row["derives"]]
     assert len(listed) == len(set(listed)), "a name is derived in two chapters"
-    assert set(listed) == set(public_names()), "book/chapters.yml and fisherbook.__all__ differ"
+    assert set(listed) == set(public_names()), "book/chapters.yml and the package's public names differ"
 
 
 @pytest.mark.parametrize("name", public_names())

@@ -49,6 +49,13 @@ def derived_in(root: Path = ROOT) -> dict[str, str]:
     return {name: chapter for chapter, row in chapter_table(root).items() for name in row["derives"]}
 
 
+def public_names() -> list[str]:
+    """What `import fisherbook` gives, modules left out."""
+    package = importlib.import_module("fisherbook")
+    names = [name for name in vars(package) if not name.startswith("_")]
+    return [name for name in names if not inspect.ismodule(getattr(package, name))]
+
+
 def set_address(app: Sphinx, config: Config) -> None:
     urls = address()
     config.html_baseurl = config.ogp_site_url = urls["site"] + "/"
@@ -81,10 +88,8 @@ def api_reference(app: Sphinx) -> str:
     """One section per module of the package, with every public name it defines."""
     package = importlib.import_module("fisherbook")
     modules: dict[str, list[str]] = {}
-    for name in package.__all__:
-        value = getattr(package, name)
-        if not inspect.ismodule(value):
-            modules.setdefault(value.__module__, []).append(name)
+    for name in public_names():
+        modules.setdefault(getattr(package, name).__module__, []).append(name)
     return "\n\n".join(_module_section(module, names) for module, names in modules.items())
 
 
