@@ -27,7 +27,10 @@ from tools.inputs import documents
 ROOT = Path(__file__).parents[1]
 MENDINGS = [
     (re.compile(r' id="(proof|exercise|solution)-content"'), ""),
-    (re.compile(r'<div class="proof admonition" id="proof">\s*<p>Proof\.'), '<div class="proof-text"><p><em>Proof.</em>'),
+    (
+        re.compile(r'<div class="proof admonition" id="proof">\s*<p>(Proof\.?)'),
+        r'<div class="proof-text"><p><em>\1</em>',
+    ),
     (re.compile(r'<div role="list" class="citation-list">'), '<div class="citation-list">'),
     (re.compile(r' role="doc-biblioentry"'), ""),
 ]
