@@ -99,6 +99,18 @@ class OwnDensity:
     def event_shape(self) -> tuple[int, ...]:
         return () if self.outcomes is None else self.outcomes.shape[1:]
 
+    def expand(self, batch_shape: tuple[int, ...]) -> OwnDensity:
+        """One law for each of batch_shape = (n,) rows, as numpyro's distributions do."""
+        log_prob, support, location, scale, draw = self.parts
+        parts = (
+            lambda theta, y, row: log_prob(theta, y),
+            support,
+            (lambda theta, row: location(theta)) if callable(location) else location,
+            (lambda theta, row: scale(theta)) if callable(scale) else scale,
+            None if draw is None else (lambda key, theta, row: draw(key, theta)),
+        )
+        return OwnDensity(self.theta, jnp.zeros(batch_shape), parts)
+
     def _hint(self, value: Any) -> Any:
         if not callable(value):
             return value

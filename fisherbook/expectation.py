@@ -194,9 +194,16 @@ def over_rows(
     Every block has the same length: the last one overlaps its predecessor, with weight zero where it does.
     """
     n, rows = problem.n, problem.rows
+    traced = is_traced(problem.flat, rows, problem.law)
+
+    def compiled(flat: jax.Array, data: Rows) -> tuple[Any, Health]:
+        return kernel(problem, flat, data)
+
+    if not traced:  # compiled anew by every call: a cache would answer for a model whose globals have changed
+        compiled = jax.jit(compiled)
     blocks = -(-n * per_row // BLOCK)
     if blocks <= 1 or n == 1:
-        total, health = kernel(problem, problem.flat, rows)
+        total, health = compiled(problem.flat, rows)
         return total, _depend(problem, health)
     length = -(-n // min(blocks, n))
     starts = np.minimum(np.arange(0, n, length), n - length)
@@ -206,7 +213,7 @@ def over_rows(
         part = jax.tree.map(lambda a: cut(a, start), data)
         return part._replace(weight=part.weight * (np.arange(length) >= skip))
 
-    if is_traced(problem.flat, rows, problem.law):
+    if traced:
 
         def cut(a: Any, start: Any) -> Any:
             return jax.lax.dynamic_slice_in_dim(jnp.asarray(a), start, length)
@@ -218,7 +225,6 @@ def over_rows(
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, health = jax.lax.scan(step, zero, (jnp.asarray(starts), jnp.asarray(overlap)))[0]
     else:
-        compiled = jax.jit(lambda flat, data: kernel(problem, flat, data))
         result = None
         for start, skip in zip(starts, overlap, strict=True):
             part = compiled(problem.flat, block(rows, start, skip, lambda a, s: a[s : s + length]))
@@ -237,18 +243,21 @@ def _depend(problem: Problem, health: Health) -> Health:
     if problem.n == 1:
         return health
     few = np.unique(np.linspace(0, problem.n - 1, 4).astype(int))
-    rows = jax.tree.map(lambda a: a[few], problem.rows)
-    y = problem.outcomes(problem.flat, rows).y
-    y = y[len(y) // 2][None]
-    together = problem.log_prob(problem.flat, rows.x, y)[0]
 
-    def alone(row: Any, value: jax.Array) -> jax.Array:
-        return problem.log_prob(problem.flat, jax.tree.map(lambda a: a[None], row), value[:, None])[0, 0]
+    def compare(flat: jax.Array, rows: Rows) -> jax.Array:
+        y = problem.outcomes(flat, rows).y
+        y = y[len(y) // 2][None]
+        together = problem.log_prob(flat, rows.x, y)[0]
 
-    single = jax.vmap(alone, in_axes=(0, 1))(rows.x, y)
-    slack = 1e4 * jnp.finfo(together.dtype).eps * (1 + jnp.abs(single))
-    different = jnp.isfinite(single) & jnp.isfinite(together) & (jnp.abs(single - together) > slack)
-    return health._replace(dependent=2.0 * jnp.any(different))
+        def alone(row: Any, value: jax.Array) -> jax.Array:
+            return problem.log_prob(flat, jax.tree.map(lambda a: a[None], row), value[:, None])[0, 0]
+
+        single = jax.vmap(alone, in_axes=(0, 1))(rows.x, y)
+        slack = 1e4 * jnp.finfo(together.dtype).eps * (1 + jnp.abs(single))
+        return jnp.any(jnp.isfinite(single) & jnp.isfinite(together) & (jnp.abs(single - together) > slack))
+
+    different = jax.jit(compare)(problem.flat, jax.tree.map(lambda a: a[few], problem.rows))
+    return health._replace(dependent=2.0 * different)
 
 
 def evaluate(
