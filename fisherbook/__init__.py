@@ -1,15 +1,15 @@
 """Fisher information, computed three independent ways and never confused with anything else."""
 
+from .bounds import conditional_information as conditional_information
+from .bounds import cramer_rao as cramer_rao
+from .bounds import marginal_information as marginal_information
+from .bounds import reparametrize as reparametrize
 from .distributions import from_log_prob as from_log_prob
 from .hellinger import hellinger_distance as hellinger_distance
 from .hellinger import hellinger_embedding as hellinger_embedding
 from .hellinger import hellinger_jacobian as hellinger_jacobian
 from .inference import Information as Information
-from .inference import conditional_information as conditional_information
-from .inference import cramer_rao as cramer_rao
 from .inference import information as information
-from .inference import marginal_information as marginal_information
-from .inference import reparametrize as reparametrize
 from .kl import kl_curvature as kl_curvature
 from .kl import kl_divergence as kl_divergence
 from .law import Data as Data

@@ -129,7 +129,7 @@ class OwnDensity:
         y = jnp.asarray(y)
         lead = y.shape[: y.ndim - len(self.event_shape)]
         if self.x is None:
-            one: Callable[..., Any] = lambda yi: self.parts[0](self.theta, yi)  # noqa: E731
+            one: Callable[..., Any] = lambda yi: self.parts[0](self.theta, yi)
             for _ in lead:
                 one = jax.vmap(one)
             value = one(y)
@@ -148,10 +148,12 @@ class OwnDensity:
             picked = jax.random.categorical(key, jnp.moveaxis(log_p, 0, -1), shape=shape)
             return self.outcomes[picked]
         if draw is None:
-            raise ValueError("MonteCarlo needs a sampler: pass from_log_prob(..., sample=lambda key, theta: one outcome)")
+            raise ValueError(
+                "MonteCarlo needs a sampler: pass from_log_prob(..., sample=lambda key, theta: one outcome)"
+            )
         if self.x is None:
             keys = jax.random.split(key, shape)
-            one: Callable[..., Any] = lambda k: draw(k, self.theta)  # noqa: E731
+            one: Callable[..., Any] = lambda k: draw(k, self.theta)
             for _ in shape:
                 one = jax.vmap(one)
             return one(keys)

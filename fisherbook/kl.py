@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .expectation import Health, Problem, Rows, evaluate, inspect, outermost, prepare, rows_weight
+from .checks import Health, outermost
+from .expectation import Problem, Rows, evaluate, inspect, prepare, rows_weight
 from .law import Exact, Law, refuse_data
 from .model import Conditional, Model, flatten
 

@@ -26,7 +26,9 @@ class Outcomes(NamedTuple):
     edge: jax.Array  # an impossible outcome is possible at a neighbouring theta
 
 
-def make_outcomes(model: Model, thetas: Sequence[Any], block: Any, law: Law, plan: Plan, prune: bool = True) -> Outcomes:
+def make_outcomes(
+    model: Model, thetas: Sequence[Any], block: Any, law: Law, plan: Plan, prune: bool = True
+) -> Outcomes:
     """The outcomes of a block of rows, placed by p_theta for every theta given and weighted by the first.
 
     `block` is (x, y, index): inputs, observations and the row numbers that key the draws.
@@ -129,4 +131,3 @@ def _draw(model: Model, theta: Any, x: Any, index: jax.Array, law: MonteCarlo) -
         return sample(call(model, theta, one), jax.random.fold_in(law.key, i), (law.draws,))[:, 0]
 
     return jnp.moveaxis(jax.vmap(row)(x, index), 0, 1)
-

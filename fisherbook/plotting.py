@@ -62,7 +62,9 @@ def ellipse(F: Any, center: Any = (0.0, 0.0), level: float = 1.0, ax: Axes | Non
     """
     F = np.asarray(F, float)
     if F.shape != (2, 2) or np.linalg.eigvalsh(F).min() <= 0 or level <= 0:
-        raise ValueError(f"ellipse needs F [2, 2] positive definite and level > 0, got F = {F.tolist()}, level = {level}")
+        raise ValueError(
+            f"ellipse needs F [2, 2] positive definite and level > 0, got F = {F.tolist()}, level = {level}"
+        )
     values, vectors = np.linalg.eigh(F)
     angle = np.linspace(0, 2 * np.pi, 401)
     circle = np.stack([np.cos(angle), np.sin(angle)])

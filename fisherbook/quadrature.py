@@ -92,7 +92,7 @@ def _moments(distribution: Any) -> tuple[jax.Array, jax.Array]:
         if width == "variance":  # a mean far out in the tail (Pareto) is a poor centre
             try:
                 good &= distribution.log_prob(jnp.where(good, c, searched[0])) > -700
-            except Exception:  # noqa: BLE001, S110 - a hint only: the search stands where log_prob cannot answer
+            except Exception:  # noqa: BLE001 - a hint only: the search stands where log_prob cannot answer
                 pass
         centre, scale = jnp.where(good, c, centre), jnp.where(good, s, scale)
     return centre, scale
@@ -146,7 +146,9 @@ def line_rule(distributions: Sequence[Any], level: int, breakpoints: Sequence[An
     high = None if any(b is None for _, b in ends) else jnp.max(jnp.stack([full(b) for _, b in ends]), 0)
     knots = jnp.sort(jnp.clip(jnp.stack(points), low, high), axis=0)
     scale = jnp.max(jnp.stack([full(s) for _, s in located]), 0)
-    resolution = jnp.finfo(dtype).eps * jnp.max(jnp.abs(knots), 0) / jnp.min(jnp.stack([full(s) for _, s in located]), 0)
+    resolution = (
+        jnp.finfo(dtype).eps * jnp.max(jnp.abs(knots), 0) / jnp.min(jnp.stack([full(s) for _, s in located]), 0)
+    )
 
     column = (slice(None),) + (None,) * len(shape)
     log_t, log_w = (jnp.asarray(a, dtype)[column] for a in half_line(level, dtype))

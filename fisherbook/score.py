@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .expectation import Health, Problem, Rows, evaluate, inspect, prepare, probes, rows_weight, verdict
+from .checks import Health, verdict
+from .expectation import Problem, Rows, evaluate, inspect, prepare, probes, rows_weight
 from .law import Data, Exact, Law
 from .model import Conditional, Model, call
 
@@ -100,7 +101,7 @@ def _output_size(problem: Problem) -> int | None:
     first = None if rows.x is None else jax.tree.map(lambda a: a[:1], rows.x)
     block = Conditional.of(problem.model, problem.unravel(problem.flat), first, split=problem.plan.exact)
     leaves = jax.tree.leaves(call(problem.model, problem.unravel(problem.flat), first))
-    if block.sites and problem.plan.exact or not all(hasattr(leaf, "dtype") or jnp.isscalar(leaf) for leaf in leaves):
+    if (block.sites and problem.plan.exact) or not all(hasattr(leaf, "dtype") or jnp.isscalar(leaf) for leaf in leaves):
         return None
     size = sum(jnp.size(leaf) for leaf in leaves if jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
     return size if 0 < size < min(problem.plan.size, problem.flat.size) else None
@@ -241,5 +242,4 @@ def _bartlett(problem: Problem, H: jax.Array, info: jax.Array) -> jax.Array:
     U = jnp.asarray(probes(problem.flat.size, problem.plan, problem.n > 1, H.dtype))
     found = -jnp.einsum("pi,ij,pj->p", U, H, U)
     gap = jnp.abs(found - info) / jnp.maximum(jnp.maximum(jnp.abs(found), info), jnp.finfo(H.dtype).tiny)
-    return verdict(problem, H, Health(regularity=jnp.max(gap) / 1e-2))
-
+    return verdict(problem.law, H, Health(regularity=jnp.max(gap) / 1e-2))
