@@ -77,7 +77,7 @@ def _check_domain(model: Model, theta: Any, x: Any) -> None:
     d = Conditional.of(model, theta, few, split=True).distribution
     for name, constraint in getattr(d, "arg_constraints", {}).items():
         value = d.__dict__.get(name)
-        if value is None or not hasattr(constraint, "__call__") or getattr(constraint, "is_discrete", False):
+        if value is None or not callable(constraint) or getattr(constraint, "is_discrete", False):
             continue
         try:
             ok = np.asarray(constraint(value))
@@ -144,7 +144,7 @@ def over_rows(
     starts = np.minimum(np.arange(0, n, length), n - length)
     overlap = np.arange(0, n, length) - starts
 
-    def block(data: Rows, start: Any, skip: Any, cut: Callable[[Any, Any], Any]) -> Rows:
+    def block(data: Rows, start: Any, skip: Any, cut: Callable[..., Any]) -> Rows:
         part = jax.tree.map(lambda a: cut(a, start), data)
         return part._replace(weight=part.weight * (np.arange(length) >= skip))
 
@@ -154,7 +154,7 @@ def over_rows(
             return jax.lax.dynamic_slice_in_dim(jnp.asarray(a), start, length)
 
         def step(carry: Any, at: Any) -> tuple[Any, None]:
-            return _add(carry, kernel(problem, problem.flat, block(rows, *at, cut))), None
+            return _add(carry, kernel(problem, problem.flat, block(rows, at[0], at[1], cut))), None
 
         shapes = jax.eval_shape(lambda: kernel(problem, problem.flat, block(rows, 0, 0, cut)))
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

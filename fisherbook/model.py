@@ -108,7 +108,12 @@ def take_rows(x: Any, rows: Any) -> Any:
 
 def call(model: Model, theta: Any, x: Any) -> Any:
     """The distribution `model(theta)` or `model(theta, x)`, checked to be one."""
-    distribution = model(theta) if x is None else model(theta, x)
+    try:
+        distribution = model(theta) if x is None else model(theta, x)
+    except ValueError as error:
+        if "invalid" in str(error) and "parameter" in str(error):  # numpyro's own validation
+            raise ValueError(f"theta is outside its domain: {error}") from error
+        raise
     if not callable(getattr(distribution, "log_prob", None)) or not hasattr(distribution, "batch_shape"):
         raise TypeError(
             f"model returned {type(distribution).__name__}, which is not a distribution: "
@@ -160,7 +165,9 @@ class Conditional:
     def log_prob(self, y: jax.Array) -> jax.Array:
         """log p(y) for y [k, n, *sites, *event], as [k, n, m]."""
         y = y if self.conditional else y[:, 0]
-        value = jnp.asarray(self.distribution.log_prob(y))
+        with warnings.catch_warnings():  # outcomes outside the support are ours to weigh or to refuse
+            warnings.filterwarnings("ignore", "Out-of-support values")
+            value = jnp.asarray(self.distribution.log_prob(y))
         if value.shape != (y.shape[0], *self.batch):
             raise ValueError(
                 f"log_prob of {type(self.distribution).__name__} has shape {value.shape} for outcomes of shape "

@@ -8,6 +8,8 @@ start and end at the distribution's own centre, where the nodes are densest.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -90,10 +92,9 @@ def _moments(distribution: Any) -> tuple[jax.Array, jax.Array]:
         s = jnp.sqrt(s) if width == "variance" else s
         good = jnp.isfinite(c) & jnp.isfinite(s) & (s > 0)
         if width == "variance":  # a mean far out in the tail (Pareto) is a poor centre
-            try:
+            # a hint only: the search stands where log_prob cannot answer
+            with contextlib.suppress(Exception):
                 good &= distribution.log_prob(jnp.where(good, c, searched[0])) > -700
-            except Exception:  # noqa: BLE001 - a hint only: the search stands where log_prob cannot answer
-                pass
         centre, scale = jnp.where(good, c, centre), jnp.where(good, s, scale)
     return centre, scale
 
@@ -157,7 +158,7 @@ def line_rule(distributions: Sequence[Any], level: int, breakpoints: Sequence[An
     if low is None:
         y.append((knots[0] - scale * jnp.exp(log_t))[::-1])
         log_r.append((log_w + jnp.log(scale))[::-1])
-    for a, b in zip(knots[:-1], knots[1:], strict=True):
+    for a, b in itertools.pairwise(knots):
         y.append(jnp.where(left < right, a + (b - a) * left, b - (b - a) * right))
         log_r.append(jnp.where(b > a, log_v + jnp.log(jnp.where(b > a, b - a, 1)), -jnp.inf))
     if high is None:
