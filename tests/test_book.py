@@ -26,6 +26,7 @@ SECTIONS = [
     "Sources and further reading",
 ]
 SETUP = """import sys
+
 if "google.colab" in sys.modules:
     %pip install --quiet "fisherbook[plot]=={version}" scikit-learn statsmodels"""
 DOWNLOADS = re.compile(r"urllib|requests\.|fetch_\w+\(|get_rdataset|https?://")
