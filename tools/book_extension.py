@@ -88,22 +88,28 @@ def chapter_list(app: Sphinx) -> str:
 
 
 def api_reference(app: Sphinx) -> str:
-    """One section per module of the package, with every public name it defines."""
+    """One section per module of the package, with every public name it defines; the figures' module last."""
     package = importlib.import_module("fisherbook")
     modules: dict[str, list[str]] = {}
     for name in public_names():
-        modules.setdefault(getattr(package, name).__module__, []).append(name)
+        modules.setdefault(getattr(package, name).__module__, []).append(f"fisherbook.{name}")
+    modules["fisherbook.plotting"] = _functions("fisherbook.plotting")
     return "\n\n".join(_module_section(module, names) for module, names in modules.items())
+
+
+def _functions(module: str) -> list[str]:
+    defined = vars(importlib.import_module(module)).values()
+    functions = [value for value in defined if inspect.isfunction(value) and value.__module__ == module]
+    return [f"{module}.{value.__name__}" for value in functions if not value.__name__.startswith("_")]
 
 
 def _module_section(module: str, names: list[str]) -> str:
     summary = (inspect.getdoc(importlib.import_module(module)) or "").split("\n\n")[0]
-    package = importlib.import_module("fisherbook")
-    lines = [f"## {module.removeprefix('fisherbook.')}", "", " ".join(summary.split()), "", "```{eval-rst}"]
+    lines = [f"## {module.removeprefix('fisherbook.')}", "", "```{eval-rst}", summary, ""]
     for name in names:
-        directive = "autoclass" if inspect.isclass(getattr(package, name)) else "autofunction"
-        lines += [f".. {directive}:: fisherbook.{name}"]
-        lines += ["   :members:", ""] if directive == "autoclass" else [""]
+        parent, _, last = name.rpartition(".")
+        is_class = inspect.isclass(getattr(importlib.import_module(parent), last))
+        lines += [f".. autoclass:: {name}", "   :members:", ""] if is_class else [f".. autofunction:: {name}", ""]
     return "\n".join([*lines, "```"])
 
 
