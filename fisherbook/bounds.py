@@ -119,7 +119,8 @@ def cramer_rao(F: Any, n: Any = 1, jacobian: Any = None) -> jax.Array:
 def _positions(keep: Any, d: int) -> tuple[np.ndarray, np.ndarray]:
     index = np.arange(d)
     try:
-        kept = np.atleast_1d(index[keep if isinstance(keep, slice) else np.asarray(keep)])
+        chosen = keep if isinstance(keep, slice) else np.asarray(keep)
+        kept = np.atleast_1d(index[:0] if np.size(chosen) == 0 else index[chosen])
     except IndexError as error:
         raise ValueError(f"keep = {keep!r} does not pick from {d} parameters: {error}") from None
     if len(kept) == 0 or len(set(kept.tolist())) < len(kept):

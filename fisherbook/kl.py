@@ -88,7 +88,8 @@ def _converged(problem: Problem, out: Any, w: jax.Array, terms: jax.Array, healt
 def kl_curvature(model: Model, theta: Any, x: Any = None, *, law: Law = Exact()) -> jax.Array:  # noqa: B008
     r"""Differentiate the divergence twice at coincidence: the Hessian is the Fisher information.
 
-    :math:`F = \nabla_\phi^2 \mathrm{KL}(p_\theta \| p_\phi)` at :math:`\phi = \theta`. The Hessian is taken under the integral. Where that misses curvature (a kink that moves with theta), the
+    :math:`F = \nabla_\phi^2 \mathrm{KL}(p_\theta \| p_\phi)` at :math:`\phi = \theta`, differentiated under
+    the integral. Where that misses curvature (a kink that moves with theta), the
     divergence itself, evaluated on both sides of theta, shows it, and the call raises.
 
     Args:

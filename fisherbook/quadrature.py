@@ -117,6 +117,11 @@ def _search(distribution: Any) -> tuple[jax.Array, jax.Array]:
 
     def density(y: jax.Array) -> jax.Array:
         value = distribution.log_prob(y)
+        if value.shape != y.shape:
+            raise ValueError(
+                f"log_prob of {type(distribution).__name__} has shape {value.shape} for outcomes of shape {y.shape}, "
+                "but must give one number per observation"
+            )
         return jnp.where(jnp.isfinite(value) & distribution.support(y), value, -jnp.inf)
 
     values = density(points)
