@@ -18,7 +18,7 @@ book: $(STAMP) ## Execute the chapters and write the pages to _build/html
 	@$(BIN)/python -m tools.build
 
 test: $(STAMP) ## Run every check: style, types, tests, notebooks, pages, browser
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2
 
 lab: $(STAMP) ## Open the chapters in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=book

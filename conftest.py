@@ -13,9 +13,21 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 matplotlib.use("agg")
 
+# A notebook's cells share a kernel and go in order; the tests of these files share one slow build.
+TOGETHER = (".ipynb", "test_browser.py", "test_build.py", "test_packaging.py")
 
-def pytest_collection_modifyitems(items):
-    """With `--dist loadgroup`: a notebook's cells run in one kernel, in order, so on one worker."""
-    for item in items:
-        if item.path.suffix == ".ipynb":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Spread tests over the workers one by one, but for those that belong together, which go first.
+
+    xdist's own `--dist loadgroup` does this by renaming tests, which pytest 9.2 no longer lets it do.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return file if file.endswith(TOGETHER) else nodeid
+
+    return Scheduling(config, log)

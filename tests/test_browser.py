@@ -31,7 +31,7 @@ ADVICE = (
     "`.venv/bin/python -m playwright install chromium`; or name one in the variable CHROMIUM."
 )
 PHONE = {"width": 375, "height": 800}
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.slow
 
 TYPESET = """async () => {
     await MathJax.startup.promise;

@@ -15,8 +15,6 @@ from tools.inputs import environment_fingerprint
 from tools.notebooks import KERNEL, normalise
 
 ROOT = Path(__file__).parents[1]
-# One build serves many tests, so they stay on one worker.
-pytestmark = pytest.mark.xdist_group("build")
 TOC = "format: jb-book\nroot: book/index\nchapters:\n"
 
 
