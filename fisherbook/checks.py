@@ -84,8 +84,8 @@ MESSAGES = {  # in the order in which they explain each other
     "edge": "theta is at the edge of its set: an outcome impossible at theta is possible beside it, so the score, "
     "Hellinger and KL definitions differ there; move theta inside",
     "tail": "the integral does not converge: the outermost outcomes still contribute, so the information is infinite, "
-    "or log_prob cannot be evaluated far enough out; if it is finite, pass law=MonteCarlo(key, draws) or "
-    "reparametrise",
+    "or log_prob cannot be evaluated far enough out; if it is finite, reparametrise, pass law=MonteCarlo(key, draws), "
+    "or, for counts under jit, a wider window law=Exact(outcomes=...)",
     "refine": "the quadrature did not converge, as with a kink, a jump or a narrow peak inside the support: "
     "pass law=Exact(breakpoints=(...)) at those points, or law=MonteCarlo(key, draws)",
     "mass": "the outcomes have total probability other than 1: the density is not normalised, or the rule missed "

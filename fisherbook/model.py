@@ -32,6 +32,7 @@ def require(ok: Any, value: Any, message: str | Callable[[], str]) -> Any:
     if isinstance(ok, jax.core.Tracer):
         import equinox  # only needed here, and a tenth of a second to import
 
+        value = jax.tree.map(jnp.asarray, value)
         return equinox.error_if(value, ~ok, message if isinstance(message, str) else message())
     if not bool(ok):
         raise ValueError(message if isinstance(message, str) else message())
