@@ -119,8 +119,8 @@ def cramer_rao(F: Any, n: Any = 1, jacobian: Any = None) -> jax.Array:
 def _positions(keep: Any, d: int) -> tuple[np.ndarray, np.ndarray]:
     index = np.arange(d)
     try:
-        chosen = keep if isinstance(keep, slice) else np.asarray(keep)
-        kept = np.atleast_1d(index[:0] if np.size(chosen) == 0 else index[chosen])
+        chosen = index[keep] if isinstance(keep, slice) else np.asarray(keep)
+        kept = np.atleast_1d(index[chosen] if chosen.size else index[:0])
     except IndexError as error:
         raise ValueError(f"keep = {keep!r} does not pick from {d} parameters: {error}") from None
     if len(kept) == 0 or len(set(kept.tolist())) < len(kept):
