@@ -119,7 +119,9 @@ def test_kl_is_half_the_quadratic_form_to_third_order(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("definition", [fb.score_covariance, fb.kl_curvature, fb.expected_hessian, fb.hellinger_jacobian])
+@pytest.mark.parametrize(
+    "definition", [fb.score_covariance, fb.kl_curvature, fb.expected_hessian, fb.hellinger_jacobian]
+)
 def test_jit_equals_eager_and_vmap_equals_a_loop(name, definition):
     model, t, x = CASES[name]
     law = fb.Exact(outcomes=128) if name == "poisson" else fb.Exact()  # as many rows of J in both
@@ -137,9 +139,7 @@ def test_jit_equals_eager_and_vmap_equals_a_loop(name, definition):
 def test_score_and_distances_under_jit_and_vmap():
     y = jnp.arange(7) % 4
     t = jnp.array([0.3, -0.4, 0.8])
-    np.testing.assert_allclose(
-        jax.jit(lambda t: fb.score(poisson, t, y, X))(t), fb.score(poisson, t, y, X), rtol=1e-12
-    )
+    np.testing.assert_allclose(jax.jit(lambda t: fb.score(poisson, t, y, X))(t), fb.score(poisson, t, y, X), rtol=1e-12)
     others = jnp.stack([t + 0.1, t - 0.2])
     for distance in (fb.kl_divergence, fb.hellinger_distance):
         together = jax.vmap(lambda o, d=distance: d(poisson, t, o, X))(others)
