@@ -75,28 +75,32 @@ def locate(distribution: Any) -> tuple[list[Any], Any]:
 
 
 def _moments(distribution: Any) -> tuple[jax.Array, jax.Array]:
-    """Location and scale, else mean and standard deviation, else a search of the log-density."""
-    searched = _search(distribution)
-    tries = [("loc", "scale"), ("mean", "variance")]
-    centre, scale = searched
-    for place, width in reversed(tries):
-        try:
-            c, s = getattr(distribution, place), getattr(distribution, width)
-        except (AttributeError, NotImplementedError, ZeroDivisionError):
-            continue
-        if place == "loc" and bounds(distribution.support) != (None, None):
-            continue  # the location of a lognormal is not on its own axis
-        if c is None or s is None or callable(c) or callable(s):
-            continue
-        c, s = jnp.asarray(c, float), jnp.asarray(s, float)
-        s = jnp.sqrt(s) if width == "variance" else s
-        good = jnp.isfinite(c) & jnp.isfinite(s) & (s > 0)
-        if width == "variance":  # a mean far out in the tail (Pareto) is a poor centre
-            # a hint only: the search stands where log_prob cannot answer
-            with contextlib.suppress(Exception):
-                good &= distribution.log_prob(jnp.where(good, c, searched[0])) > -700
-        centre, scale = jnp.where(good, c, centre), jnp.where(good, s, scale)
-    return centre, scale
+    """Location and scale; else mean and standard deviation where they are a good centre, else a search."""
+    unbounded = bounds(distribution.support) == (None, None)  # the location of a lognormal is not on its own axis
+    own = _attributes(distribution, "loc", "scale") if unbounded else None
+    if own is not None:
+        return own
+    centre, scale = _search(distribution)
+    moments = _attributes(distribution, "mean", "variance")
+    if moments is None:
+        return centre, scale
+    mean, spread = moments[0], jnp.sqrt(moments[1])
+    good = jnp.isfinite(mean) & jnp.isfinite(spread) & (spread > 0)
+    # a mean far out in the tail (Pareto) is a poor centre; a hint only, so an error of log_prob decides nothing
+    with contextlib.suppress(Exception):
+        good &= distribution.log_prob(jnp.where(good, mean, centre)) > -700
+    return jnp.where(good, mean, centre), jnp.where(good, spread, scale)
+
+
+def _attributes(distribution: Any, place: str, width: str) -> tuple[jax.Array, jax.Array] | None:
+    """Two attributes as arrays, or None where the distribution does not have them."""
+    try:
+        centre, scale = getattr(distribution, place), getattr(distribution, width)
+    except (AttributeError, NotImplementedError, ZeroDivisionError):
+        return None
+    if any(value is None or callable(value) for value in (centre, scale)):
+        return None
+    return jnp.asarray(centre, float), jnp.asarray(scale, float)
 
 
 def _search(distribution: Any) -> tuple[jax.Array, jax.Array]:
