@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,13 @@ class BinomialLogits(dist.BinomialLogits):
         n = jnp.asarray(self.total_count, jnp.result_type(float))
         ways = gammaln(n + 1) - gammaln(value + 1) - gammaln(n - value + 1)
         return ways + value * jax.nn.log_sigmoid(self.logits) + (n - value) * jax.nn.log_sigmoid(-self.logits)
+
+
+def log_density(distribution: Any, y: Any) -> jax.Array:
+    """log p(y), in silence where y is outside the support: such outcomes are ours to weigh or to refuse."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Out-of-support values")
+        return jnp.asarray(distribution.log_prob(y))
 
 
 def adapt(distribution: Any) -> Any:

@@ -74,7 +74,7 @@ def _converged(problem: Problem, out: Any, w: jax.Array, terms: jax.Array, healt
     slack = (1e-7 if tight else 1e-3) + 100 * out.resolution
     finite = jnp.where(jnp.isfinite(terms), terms, 0)
     size = 1 + jnp.sum(jnp.abs(finite), 0)
-    health = health._replace(mass=jnp.max(jnp.abs(jnp.sum(w, 0) - 1) / slack), edge=2.0 * out.edge)
+    health = health._replace(mass=jnp.max(jnp.abs(jnp.sum(w, 0) - 1) / slack))
     if out.coarse is not None:
         coarse = jnp.asarray(out.coarse, w.dtype)[:, None, None] - 1
         change = jnp.abs(jnp.sum(coarse * w, 0)) + jnp.abs(jnp.sum(coarse * finite, 0)) / size

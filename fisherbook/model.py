@@ -17,7 +17,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from .distributions import adapt
+from .distributions import adapt, log_density
 
 Model = Callable[..., Any]
 
@@ -166,9 +166,7 @@ class Conditional:
     def log_prob(self, y: jax.Array) -> jax.Array:
         """log p(y) for y [k, n, *sites, *event], as [k, n, m]."""
         y = y if self.conditional else y[:, 0]
-        with warnings.catch_warnings():  # outcomes outside the support are ours to weigh or to refuse
-            warnings.filterwarnings("ignore", "Out-of-support values")
-            value = jnp.asarray(self.distribution.log_prob(y))
+        value = log_density(self.distribution, y)
         if value.shape != (y.shape[0], *self.batch):
             raise ValueError(
                 f"log_prob of {type(self.distribution).__name__} has shape {value.shape} for outcomes of shape "

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .distributions import log_density
+
 LEVELS = 5  # halvings of the step after the first; 700 nodes become 11 000 to 22 000
 
 
@@ -88,7 +90,7 @@ def _moments(distribution: Any) -> tuple[jax.Array, jax.Array]:
     good = jnp.isfinite(mean) & jnp.isfinite(spread) & (spread > 0)
     # a mean far out in the tail (Pareto) is a poor centre; a hint only, so an error of log_prob decides nothing
     with contextlib.suppress(Exception):
-        good &= distribution.log_prob(jnp.where(good, mean, centre)) > -700
+        good &= log_density(distribution, jnp.where(good, mean, centre)) > -700
     return jnp.where(good, mean, centre), jnp.where(good, spread, scale)
 
 
@@ -120,7 +122,7 @@ def _search(distribution: Any) -> tuple[jax.Array, jax.Array]:
     points = jnp.stack([jnp.broadcast_to(jnp.asarray(g, float), shape) for g in grid])
 
     def density(y: jax.Array) -> jax.Array:
-        value = distribution.log_prob(y)
+        value = log_density(distribution, y)
         if value.shape != y.shape:
             raise ValueError(
                 f"log_prob of {type(distribution).__name__} has shape {value.shape} for outcomes of shape {y.shape}, "

@@ -207,6 +207,14 @@ def test_small_distances_keep_their_digits(shift):
     np.testing.assert_allclose(h2, -2 * np.expm1(-(shift**2) / 8), rtol=1e-7)
 
 
+def test_distances_need_no_interior():
+    """KL(0 || t) = -log(1 - t) at the edge of the set of probabilities, where no score exists."""
+    np.testing.assert_allclose(fb.kl_divergence(lambda t: dist.Bernoulli(probs=t), 0.0, 0.1), -np.log(0.9), rtol=1e-12)
+    uniform = lambda t: dist.Uniform(0.0, t)
+    h2 = fb.hellinger_distance(uniform, 1.0, 1.3, law=fb.Exact(breakpoints=(2.0,))) ** 2
+    np.testing.assert_allclose(h2, 2 - 2 / np.sqrt(1.3), rtol=1e-9)
+
+
 def test_distance_of_a_law_to_itself_is_zero():
     assert fb.hellinger_distance(logit, T, T, X) == 0
     assert fb.kl_divergence(logit, T, T, X) == 0
