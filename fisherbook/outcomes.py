@@ -74,7 +74,9 @@ def make_outcomes(
         y, log_r, coarse, resolution = rule
         resolution = jnp.reshape(jnp.broadcast_to(resolution, p.batch), (p.rows, -1))
     y = y if p.conditional or plan.kind == "table" else y[:, None]
-    log_p = jnp.where(p.inside(y), p.log_prob(y), -jnp.inf)
+    log_p = p.log_prob(y)
+    # a density that is nan far out weighs nothing there; the checks of mass and tail say whether that is allowed
+    log_p = jnp.where(p.inside(y) & ~jnp.isnan(log_p), log_p, -jnp.inf)
     log_r = jnp.broadcast_to(_sites(log_r, p, len(y)), log_p.shape)
     weight = jnp.exp(log_p + log_r)
     edge = _at_edge(model, thetas[0], x, y, log_p + log_r) if plan.enumerated else jnp.zeros((), bool)
