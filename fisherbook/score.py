@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from .checks import Health, verdict
 from .expectation import Problem, Rows, evaluate, inspect, prepare, probes, rows_weight
 from .law import Data, Exact, Law
-from .model import Conditional, Model, call
+from .model import Conditional, Model, call, is_traced
 
 
 def score(model: Model, theta: Any, y: Any, x: Any = None) -> jax.Array:
@@ -38,10 +38,12 @@ def score(model: Model, theta: Any, y: Any, x: Any = None) -> jax.Array:
     Derived in the chapter "The score". Source: Fisher (1925), section 4; van der Vaart (1998), section 5.5.
     """
     problem = prepare(model, theta, x, Data(y))
+    scores = lambda flat, x, y: _scores(problem, flat, x, y)
     rows = problem.rows
-    total = _scores(problem, problem.flat, rows.x, rows.y[None] if x is not None else rows.y[:, None])
-    values = total[0] if x is not None else total[:, 0]
-    return evaluate(problem, lambda p, f, r: (values, Health(undefined=2.0 * ~jnp.all(jnp.isfinite(values)))), 0, 0)
+    compiled = scores if is_traced(problem.flat, rows) else jax.jit(scores)
+    values = compiled(problem.flat, rows.x, rows.y[None] if x is not None else rows.y[:, None])
+    values = values[0] if x is not None else values[:, 0]
+    return verdict(problem.law, values, Health(undefined=2.0 * ~jnp.all(jnp.isfinite(values))))
 
 
 def _scores(problem: Problem, flat: jax.Array, x: Any, y: jax.Array) -> jax.Array:
