@@ -13,8 +13,8 @@ The `log_prob` of numpyro 0.22 on JAX 0.10.2 was compared with `scipy.stats` at 
 rounding, but for these:
 - `NegativeBinomial2` and `NegativeBinomialProbs` are wrong by up to 1e-6 for y >= 7:
   `jax.scipy.special.betaln(a, b)` is wrong for b >= 8 (its `algdiv` sets x = h / (1 + h) where the series
-  needs x = 1 / (1 + h); still so in 0.12.0.1). So the negative binomial is built from `NegativeBinomialLogits`, which is right,
-  and `NegativeBinomial2` has a looser tolerance.
+  needs x = 1 / (1 + h); still so in 0.12.0.1). So the negative binomial is built from
+  `NegativeBinomialLogits`, which is right, and `NegativeBinomial2` has a looser tolerance.
 - `Beta` near y = 1 takes 1 - y in floating point: outcomes closer to 1 than 1.1e-16 do not exist (y = 1
   itself has density infinity), so with a shape a < 1 at that end a mass of order eps^a is out of reach: a
   looser tolerance.
