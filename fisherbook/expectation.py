@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .checks import Health, measure, verdict
+from .compilation import compile_once
 from .law import Data, Exact, Law, Plan, check_law, make_plan
 from .model import (
     Conditional,
@@ -134,10 +135,10 @@ def over_rows(
     def compiled(flat: jax.Array, data: Rows) -> tuple[Any, Health]:
         return kernel(problem, flat, data)
 
-    if not traced:  # compiled anew by every call: a cache would answer for a model whose globals have changed
-        compiled = jax.jit(compiled)
     blocks = -(-n * per_row // BLOCK)
     if blocks <= 1 or n == 1:
+        if not traced:
+            compiled = compile_once(compiled, problem.flat, rows)
         total, health = compiled(problem.flat, rows)
         return total, _depend(problem, health)
     length = -(-n // min(blocks, n))
@@ -162,7 +163,10 @@ def over_rows(
     else:
         result = None
         for start, skip in zip(starts, overlap, strict=True):
-            part = compiled(problem.flat, block(rows, start, skip, lambda a, s: a[s : s + length]))
+            part_rows = block(rows, start, skip, lambda a, s: a[s : s + length])
+            if result is None:
+                compiled = compile_once(compiled, problem.flat, part_rows)
+            part = compiled(problem.flat, part_rows)
             result = part if result is None else _add(result, part)
         assert result is not None
         total, health = result
@@ -191,7 +195,10 @@ def _depend(problem: Problem, health: Health) -> Health:
         slack = 1e4 * jnp.finfo(together.dtype).eps * (1 + jnp.abs(single))
         return jnp.any(jnp.isfinite(single) & jnp.isfinite(together) & (jnp.abs(single - together) > slack))
 
-    different = jax.jit(compare)(problem.flat, jax.tree.map(lambda a: a[few], problem.rows))
+    sample = jax.tree.map(lambda a: a[few], problem.rows)
+    if not is_traced(problem.flat, sample, problem.law):
+        compare = compile_once(compare, problem.flat, sample)
+    different = compare(problem.flat, sample)
     return health._replace(dependent=2.0 * different)
 
 

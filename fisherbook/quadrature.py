@@ -178,7 +178,7 @@ def line_rule(distributions: Sequence[Any], level: int, breakpoints: Sequence[An
     coarse = np.concatenate([2.0 * (np.arange(len(part)) % 2 == 0) for part in y])
     nodes = jnp.concatenate([jnp.broadcast_to(part, part.shape[:1] + shape) for part in y])
     if low is not None:  # an end itself is outside most supports, and log(0) is no log-density
-        nodes = jnp.maximum(nodes, jnp.maximum(jnp.nextafter(low, jnp.full_like(low, jnp.inf)), low + tiny))
+        nodes = jnp.maximum(nodes, jnp.maximum(jnp.nextafter(low, jnp.full_like(low, jnp.inf)), low + tiny**0.48))
     if high is not None:
         nodes = jnp.minimum(nodes, jnp.minimum(jnp.nextafter(high, jnp.full_like(high, -jnp.inf)), high - tiny))
     return Rule(nodes, jnp.concatenate([jnp.broadcast_to(w, w.shape[:1] + shape) for w in log_r]), coarse, resolution)

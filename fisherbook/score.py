@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .checks import Health, verdict
+from .compilation import compile_once
 from .expectation import Problem, Rows, evaluate, inspect, prepare, probes, rows_weight
 from .law import Data, Exact, Law
 from .model import Conditional, Model, call, is_traced
@@ -40,8 +41,8 @@ def score(model: Model, theta: Any, y: Any, x: Any = None) -> jax.Array:
     problem = prepare(model, theta, x, Data(y))
     scores = lambda flat, x, y: _scores(problem, flat, x, y)
     rows = problem.rows
-    compiled = scores if is_traced(problem.flat, rows) else jax.jit(scores)
-    values = compiled(problem.flat, rows.x, rows.y[None] if x is not None else rows.y[:, None])
+    args = problem.flat, rows.x, rows.y[None] if x is not None else rows.y[:, None]
+    values = (scores if is_traced(args) else compile_once(scores, *args))(*args)
     values = values[0] if x is not None else values[:, 0]
     return verdict(problem.law, values, Health(undefined=2.0 * ~jnp.all(jnp.isfinite(values))))
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "fisherbook"
 # definitions stand in one row, since their agreement is a check only while they share no code.
 # A folder is one entry: its files may import one another.
 LAYERS = [
-    ["distributions"],
+    ["distributions", "compilation"],
     ["quadrature"],
     ["model"],
     ["law"],

@@ -1,0 +1,38 @@
+"""Compile a program once, however often the function that writes it is made anew.
+
+`jax.jit` remembers a function by identity. A model is often a fresh lambda, and a model remembered by identity would
+go on answering for a global that has changed since. So every call traces, and compiles only a program not seen before.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+SEEN: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
+CAPACITY = 512
+
+
+def compile_once(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """An executable of `function` for arguments of these shapes, shared by all functions that lower to one program.
+
+    The constants a function closes over are part of its program. Where JAX passes them apart from it, or the
+    program calls back into Python, the executable is the function's own.
+    """
+    lowered = jax.jit(function).lower(*args)
+    if getattr(jax.config, "jax_use_simplified_jaxpr_constants", True):
+        return lowered.compile()
+    program = lowered.as_text()
+    if "callback" in program:
+        return lowered.compile()
+    device = jax.config.jax_default_device
+    key = (program, str(lowered.in_tree), str(lowered.out_info), jax.default_backend(), str(device))
+    if key not in SEEN:
+        SEEN[key] = lowered.compile()
+        if len(SEEN) > CAPACITY:
+            SEEN.popitem(last=False)
+    SEEN.move_to_end(key)
+    return SEEN[key]

@@ -1,0 +1,54 @@
+"""A program is compiled once; a model that has changed is another program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+
+import fisherbook as fb
+from fisherbook.compilation import SEEN, compile_once
+
+WIDTH = 1.0
+
+
+def model(t):
+    return dist.Normal(t, WIDTH)
+
+
+def test_a_changed_global_is_seen(monkeypatch):
+    first = fb.score_covariance(model, 0.0).item()
+    monkeypatch.setattr(f"{__name__}.WIDTH", 2.0)
+    np.testing.assert_allclose([first, fb.score_covariance(model, 0.0).item()], [1.0, 0.25], rtol=1e-9)
+
+
+def test_constants_closed_over_are_part_of_the_program():
+    for size in (3, 3000):  # a large constant may be passed apart from the program
+        for c in (jnp.arange(size) * 1.0, np.arange(size) * 2.0):
+            assert compile_once(lambda v, c=c: jnp.sum(v * c), 1.0)(1.0) == jnp.sum(c)
+    for seed in (0, 1):
+        law = fb.MonteCarlo(jax.random.key(seed), 50)
+        y = dist.Poisson(3.0).sample(jax.random.key(seed), (50,))
+        F = fb.score_covariance(lambda t: dist.Poisson(t), 3.0, law=law)
+        np.testing.assert_allclose(F, np.mean((np.asarray(y) / 3 - 1) ** 2), rtol=1e-12)
+
+
+def test_a_model_made_anew_is_not_compiled_anew():
+    fb.kl_curvature(lambda t: dist.Gumbel(t, 3.0), 0.5)
+    before = len(SEEN)
+    F = fb.kl_curvature(lambda t: dist.Gumbel(t, 3.0), 0.7)
+    assert len(SEEN) == before
+    np.testing.assert_allclose(F, 1 / 9, rtol=1e-9)
+
+
+def test_programs_that_call_back_are_not_shared():
+    seen = []
+    for name in "ab":
+        run = compile_once(lambda v, name=name: jax.debug.callback(lambda _: seen.append(name), v), 1.0)
+        run(1.0)
+        jax.effects_barrier()
+    assert seen == ["a", "b"]
+
+
+def test_trees_of_other_shape_are_other_programs():
+    assert compile_once(lambda a: {"x": a}, 1.0)(1.0) == {"x": 1.0}
+    assert compile_once(lambda a: {"y": a}, 1.0)(1.0) == {"y": 1.0}
