@@ -8,6 +8,7 @@ of the API reference are made.
 from __future__ import annotations
 
 import importlib
+import json
 import importlib.metadata
 import inspect
 import platform
@@ -76,7 +77,10 @@ def fill_page(app: Sphinx, docname: str, source: list[str]) -> None:
     }
     for mark, generate in generators.items():
         if mark in source[0]:
-            source[0] = source[0].replace(mark, generate(app))
+            text = generate(app)
+            if app.env.doc2path(docname).endswith(".ipynb"):  # the text stands in a JSON string
+                text = json.dumps(text)[1:-1]
+            source[0] = source[0].replace(mark, text)
 
 
 def chapter_list(app: Sphinx) -> str:
