@@ -8,9 +8,9 @@ of the API reference are made.
 from __future__ import annotations
 
 import importlib
-import json
 import importlib.metadata
 import inspect
+import json
 import platform
 import re
 import tomllib
