@@ -22,14 +22,18 @@ def compile_once(function: Callable[..., Any], *args: Any) -> Callable[..., Any]
     The constants a function closes over are part of its program. Where JAX passes them apart from it, or the
     program calls back into Python, the executable is the function's own.
     """
-    lowered = jax.jit(function).lower(*args)
+    program = jax.jit(function)
+    traced = program.trace(*args)
+    if len(traced.jaxpr.in_avals) > len(jax.tree.leaves(args)):
+        return program  # a value of an outer transformation is closed over: that transformation compiles
+    lowered = traced.lower()
     if getattr(jax.config, "jax_use_simplified_jaxpr_constants", True):
         return lowered.compile()
-    program = lowered.as_text()
-    if "callback" in program:
+    text = lowered.as_text()
+    if "callback" in text:
         return lowered.compile()
     device = jax.config.jax_default_device
-    key = (program, str(lowered.in_tree), str(lowered.out_info), jax.default_backend(), str(device))
+    key = (text, str(lowered.in_tree), str(lowered.out_info), jax.default_backend(), str(device))
     if key not in SEEN:
         SEEN[key] = lowered.compile()
         if len(SEEN) > CAPACITY:

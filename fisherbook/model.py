@@ -205,11 +205,11 @@ def check_observations(model: Model, theta: Any, y: Any, x: Any, name: str = "y"
     event = tuple(block.distribution.event_shape)
     if y.shape[1:] != event:
         raise ValueError(f"{name} has rows of shape {y.shape[1:]} but the model's events have shape {event}")
-    if is_traced(theta, x, y):
-        ok = jnp.all(block.inside(y[None] if x is not None else y[:, None]))
-        return require(ok, y, f"{name} has values outside the support of the model")
     stacked = y[None] if x is not None else y[:, None]
-    possible = np.ravel(block.inside(stacked)) & (np.ravel(block.log_prob(stacked)) > -np.inf)
+    possible = block.inside(stacked) & (block.log_prob(stacked) > -jnp.inf)
+    if is_traced(possible):
+        return require(jnp.all(possible), y, f"{name} has values outside the support of the model")
+    possible = np.ravel(possible)
     if not possible.all():
         i = int(np.argmin(possible))
         support = getattr(block.distribution, "support", "its support")

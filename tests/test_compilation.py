@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+import pytest
 
 import fisherbook as fb
 from fisherbook.compilation import SEEN, compile_once
@@ -47,6 +48,24 @@ def test_programs_that_call_back_are_not_shared():
         run(1.0)
         jax.effects_barrier()
     assert seen == ["a", "b"]
+
+
+@pytest.mark.parametrize("transform", [jax.vmap, jax.jit, lambda f: lambda v: jnp.stack([jax.grad(f)(u) for u in v])])
+def test_values_of_an_outer_transformation_may_be_closed_over(transform):
+    """A traced second parameter, a traced part of the model, a traced input: theta itself is a plain number."""
+    v = jnp.array([1.0, 2.0])
+    if transform is jax.jit:
+        v = v[0]
+    np.testing.assert_allclose(
+        transform(lambda u: fb.kl_divergence(lambda t: dist.Normal(t, 1.0), 0.0, u))(v),
+        v if transform not in (jax.vmap, jax.jit) else v**2 / 2,
+        rtol=1e-8,
+    )
+    if transform in (jax.vmap, jax.jit):
+        F = transform(lambda u: fb.score_covariance(lambda t: dist.Normal(t, u), 0.0))(v)
+        np.testing.assert_allclose(F.ravel(), 1 / v.ravel() ** 2, rtol=1e-8)
+        s = transform(lambda u: fb.score(lambda t: dist.Normal(t, u), 0.0, jnp.ones(1)))(v)
+        np.testing.assert_allclose(s.ravel(), 1 / v.ravel() ** 2, rtol=1e-12)
 
 
 def test_trees_of_other_shape_are_other_programs():
