@@ -13,14 +13,17 @@ BY_NAME = {case.name: case for case in CASES}
 FUNCTIONS = {**DEFINITIONS, "expected_hessian": fb.expected_hessian}
 
 
+def marks(case):
+    large = case.exact_kwargs.get("max_outcomes", 0) > 2**24  # 80 million outcomes take 11 GB
+    return [pytest.mark.slow] * case.slow + [pytest.mark.large] * large
+
+
 def difference(one, other, case):
     """max |dF_ij| in the units of the closed form's diagonal, and of nothing else of it."""
     return scaled_error(case.information + (one - other), case.information)
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.slow else []) for c in CASES]
-)
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=marks(c)) for c in CASES])
 def test_closed_form(case):
     found, failures = {}, {}
     for name, definition in DEFINITIONS.items():
