@@ -28,11 +28,19 @@ class Health(NamedTuple):
     edge: Any = 0.0
     dependent: Any = 0.0
     regularity: Any = 0.0
+    leak: Any = 0.0
 
 
 @partial(jax.jit, static_argnames=("kind", "exact"))
 def measure(
-    log_p: jax.Array, slope: jax.Array, out: Outcomes, weight: jax.Array, largest: jax.Array, kind: str, exact: bool
+    log_p: jax.Array,
+    slope: jax.Array,
+    out: Outcomes,
+    weight: jax.Array,
+    leak: jax.Array,
+    largest: jax.Array,
+    kind: str,
+    exact: bool,
 ) -> tuple[Health, jax.Array]:
     """The checks as ratios to what is tolerated, and the information along each direction, summed over rows."""
     dtype, eps = log_p.dtype, float(jnp.finfo(log_p.dtype).eps)
@@ -42,18 +50,19 @@ def measure(
     square = (jnp.sqrt(w) * slope) ** 2
     info = jnp.sum(square, 1)  # [p, n, m]
     total = jnp.sum(weight[:, None] * info, (1, 2))
-    if not exact:
-        return Health(undefined=2.0 * bad), total
-
     tolerance, fine = (1e-7, 1e-9) if eps < 1e-10 else (2e3 * eps, 1e3 * eps)
     slack = tolerance + 100 * out.resolution
-    mass = jnp.sum(w, 0)
-    mean = jnp.abs(jnp.sum(w * slope, 1))
     # rounding: a slope is no more accurate than eps in units of 1 / |theta|
     floor = 1e-6 * jnp.max(jnp.sqrt(info), (1, 2), keepdims=True) + 1e3 * eps / (tolerance * (1e-3 + largest))
+    if not exact:
+        return Health(undefined=2.0 * bad, leak=jnp.max(leak / (slack * jnp.maximum(jnp.sqrt(info), floor)))), total
+
+    mass = jnp.sum(w, 0)
+    mean = jnp.abs(jnp.sum(w * slope, 1))
     health = Health(
         mass=jnp.max(jnp.abs(mass - 1) / slack),
         score=jnp.max(mean / (slack * jnp.maximum(jnp.sqrt(info), floor))),
+        leak=jnp.max(leak / (slack * jnp.maximum(jnp.sqrt(info), floor))),
         undefined=2.0 * bad,
         edge=2.0 * out.edge,
     )
@@ -87,11 +96,14 @@ MESSAGES = {  # in the order in which they explain each other
     "or log_prob cannot be evaluated far enough out; if it is finite, reparametrise, pass law=MonteCarlo(key, draws), "
     "or, for counts under jit, a wider window law=Exact(outcomes=...)",
     "refine": "the quadrature did not converge, as with a kink, a jump or a narrow peak inside the support: "
-    "pass law=Exact(breakpoints=(...)) at those points, or law=MonteCarlo(key, draws)",
+    "pass law=Exact(breakpoints=(...)) at those points, or law=MonteCarlo(key, draws); an infinite information "
+    "does not converge either",
     "mass": "the outcomes have total probability other than 1: the density is not normalised, or the rule missed "
     "a mode or a tail (pass law=Exact(around=..., breakpoints=...))",
     "score": "the mean score is not 0, so differentiation does not pass through the integral: the support moves with "
     "theta (as for Uniform(0, theta)), or the density is normalised at this theta only; no Fisher information exists",
+    "leak": "probability crosses the ends of the support as theta moves (as for Uniform(theta, theta + 1)), so "
+    "differentiation does not pass through the integral; no Fisher information exists",
     "regularity": "the second derivative of log p misses part of the curvature (a kink that moves with theta, as for "
     "Laplace location): Bartlett's identity fails; use score_covariance or hellinger_jacobian",
 }

@@ -22,6 +22,7 @@ from .model import (
     take_rows,
 )
 from .outcomes import Outcomes, make_outcomes
+from .quadrature import bounds
 
 BLOCK = 2**21  # scalars of the largest array held for one block of rows
 
@@ -112,10 +113,42 @@ def inspect(problem: Problem, flat: jax.Array, rows: Rows, out: Outcomes) -> tup
         return jax.jvp(lambda f: problem.log_prob(f, rows.x, out.y), (flat,), (u,))
 
     log_p, slope = jax.vmap(along, out_axes=(None, 0))(directions)  # [k, n, m], [p, k, n, m]
-    ratios, total = measure(
-        log_p, slope, out, rows_weight(rows, dtype), jnp.max(jnp.abs(flat)), problem.plan.kind, problem.plan.exact
-    )
+    weight, largest = rows_weight(rows, dtype), jnp.max(jnp.abs(flat))
+    leak = _leak(problem, flat, rows, directions) if problem.plan.kind in ("line", "draws") else jnp.zeros(())
+    ratios, total = measure(log_p, slope, out, weight, leak, largest, problem.plan.kind, problem.plan.exact)
     return Health(*ratios), directions, total
+
+
+def _leak(problem: Problem, flat: jax.Array, rows: Rows, directions: jax.Array) -> jax.Array:
+    """Probability that crosses the ends of the support per unit of theta along each direction, [p, n, m].
+
+    A moving end where the density does not vanish; two of them can leave the mean score at 0, as for
+    Uniform(theta, theta + 1).
+    """
+
+    def block(f: jax.Array) -> Conditional:
+        return Conditional.of(problem.model, problem.unravel(f), rows.x, split=problem.plan.exact)
+
+    here = block(flat)
+    support = getattr(here.distribution, "support", None)
+    sides = [i for i, end in enumerate(bounds(support)) if end is not None]
+    if not sides or getattr(support, "is_discrete", True) or here.distribution.event_shape:
+        return jnp.zeros(())
+
+    def ends(f: jax.Array) -> jax.Array:
+        found = [bounds(block(f).distribution.support)[i] for i in sides]
+        return jnp.stack([jnp.broadcast_to(jnp.asarray(end, flat.dtype), here.batch) for end in found])
+
+    places = ends(flat)
+    speed = jax.vmap(lambda u: jax.jvp(ends, (flat,), (u,))[1])(directions)  # [p, sides, *batch]
+    inward = jnp.asarray([(jnp.inf, -jnp.inf)[i] for i in sides], flat.dtype).reshape(-1, *[1] * (places.ndim - 1))
+    tiny = float(jnp.finfo(flat.dtype).tiny) ** 0.48
+    beside = jnp.where(
+        places == 0, jnp.sign(inward) * tiny, jnp.nextafter(places, jnp.broadcast_to(inward, places.shape))
+    )
+    density = jnp.exp(here.log_prob(beside if here.conditional else beside[:, None]))  # [sides, n, m]
+    speed = speed.reshape(len(directions), *density.shape)
+    return jnp.sum(jnp.where(speed == 0, 0, jnp.abs(speed) * density), 1)
 
 
 def rows_weight(rows: Rows, dtype: Any) -> jax.Array:

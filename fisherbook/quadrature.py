@@ -209,10 +209,8 @@ def count_window(distributions: Sequence[Any], outcomes: int) -> jax.Array:
     lows = []
     for d in distributions:
         lower = jnp.asarray(bounds(d.support)[0])
-        try:
-            mean = jnp.asarray(d.mean, float)
-        except (AttributeError, NotImplementedError, ZeroDivisionError, TypeError):
-            mean = jnp.asarray(lower, float)
+        own = _attributes(d, "mean", "mean")
+        mean = jnp.asarray(lower, float) if own is None else own[0]
         start = jnp.where(jnp.isfinite(mean), jnp.floor(mean), lower) - outcomes // 2
         lows.append(jnp.broadcast_to(jnp.maximum(start, lower), tuple(d.batch_shape)))
     low = jnp.min(jnp.stack(lows), 0).astype(int)

@@ -280,6 +280,41 @@ def test_density_that_is_not_normalised_raises():
         fb.score_covariance(normalised_here_only, 1.0)
 
 
+@pytest.mark.parametrize("law", [fb.Exact(), fb.MonteCarlo(jax.random.key(0), 50)], ids=["exact", "sampled"])
+@pytest.mark.parametrize(
+    "model", [lambda t: dist.Uniform(t, t + 1), lambda t: dist.Uniform(0.0, t)], ids=["both", "one"]
+)
+def test_probability_that_crosses_a_moving_end(model, law):
+    """Uniform(t, t + 1): the score is 0 everywhere and so is its mean, yet neighbours are told apart at once."""
+    for definition in (fb.score_covariance, fb.hellinger_jacobian, fb.kl_curvature, fb.expected_hessian):
+        with pytest.raises(ValueError, match="differentiation does not pass through the integral"):
+            definition(model, 0.3, law=law)
+
+
+def test_ends_that_move_with_other_inputs_only_are_no_obstacle():
+    """A truncation point that is data, not parameter; the information of a truncated exponential in closed form."""
+    cut = jnp.array([0.5, 1.0, 3.0])
+
+    def log_prob(t, y, c):
+        return jnp.log(t) - t * y - jnp.log1p(-jnp.exp(-t * c))
+
+    F = [
+        fb.score_covariance(
+            fb.from_log_prob(lambda t, y, c=c: log_prob(t, y, c), support=dist.constraints.interval(0.0, c)), 1.3
+        ).item()
+        for c in cut
+    ]
+    a = 1.3 * np.asarray(cut)
+    np.testing.assert_allclose(F, (1 - a**2 * np.exp(a) / np.expm1(a) ** 2) / 1.3**2, rtol=1e-8)
+
+
+def test_counts_without_a_mean_start_at_the_lower_end():
+    model = fb.from_log_prob(
+        lambda t, y: (y - 1) * jnp.log1p(-t) + jnp.log(t), support=dist.constraints.positive_integer
+    )
+    np.testing.assert_allclose(fb.score_covariance(model, 0.3), 1 / (0.3**2 * 0.7), rtol=1e-10)
+
+
 def test_a_missed_narrow_mode_is_an_error_and_a_breakpoint_mends_it():
     def two(t, y):
         parts = jnp.stack([dist.Normal(t, 1.0).log_prob(y), dist.Normal(t + 3000.0, 1e-3).log_prob(y)])
