@@ -229,7 +229,7 @@ def test_solutions_are_reached_by_tab(site, visit):
         pytest.skip("no chapter is in the table of contents")
     page = visit(f"{site}/{names[0]}")
     page.evaluate("document.querySelector('#exercises').querySelector('a.headerlink').focus()")
-    for _ in range(40):
+    for _ in range(200):  # every formula on the way is a stop of its own
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.matches('.solution button.toggle-button')"):
             outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
