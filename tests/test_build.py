@@ -31,7 +31,8 @@ def write_book(folder):
     for name in ("_config.yml", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     (folder / "book").mkdir()
-    shutil.copytree(ROOT / "book" / "_static", folder / "book" / "_static")
+    for name in ("_static", "_root"):
+        shutil.copytree(ROOT / "book" / name, folder / "book" / name)
     (folder / "book" / "references.bib").write_text(
         "@book{known, author={A. Known}, title={T}, publisher={P}, year={2000}}\n"
     )
