@@ -170,8 +170,8 @@ def over_rows(
 
     blocks = -(-n * per_row // BLOCK)
     if blocks <= 1 or n == 1:
-        if not traced:
-            compiled = compile_once(compiled, problem.flat, rows)
+        # traced: one program under an eager vmap too, which would run every operation by itself
+        compiled = jax.jit(compiled) if traced else compile_once(compiled, problem.flat, rows)
         total, health = compiled(problem.flat, rows)
         return total, _depend(problem, health)
     length = -(-n // min(blocks, n))
@@ -229,8 +229,8 @@ def _depend(problem: Problem, health: Health) -> Health:
         return jnp.any(jnp.isfinite(single) & jnp.isfinite(together) & (jnp.abs(single - together) > slack))
 
     sample = jax.tree.map(lambda a: a[few], problem.rows)
-    if not is_traced(problem.flat, sample, problem.law):
-        compare = compile_once(compare, problem.flat, sample)
+    traced = is_traced(problem.flat, sample, problem.law)
+    compare = jax.jit(compare) if traced else compile_once(compare, problem.flat, sample)
     different = compare(problem.flat, sample)
     return health._replace(dependent=2.0 * different)
 
