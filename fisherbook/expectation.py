@@ -53,7 +53,9 @@ class Problem(NamedTuple):
 
     def outcomes(self, flat: jax.Array, rows: Rows, others: tuple[Any, ...] = (), prune: bool = True) -> Outcomes:
         thetas = (self.unravel(flat), *others)
-        return make_outcomes(self.model, thetas, (rows.x, rows.y, rows.index), self.law, self.plan, prune)
+        block = (rows.x, rows.y, rows.index)
+        # only what is traced can be differentiated
+        return make_outcomes(self.model, thetas, block, self.law, self.plan, prune, follow=is_traced(self.flat))
 
 
 def prepare(model: Model, theta: Any, x: Any, law: Law, others: tuple[Any, ...] = (), weights: Any = None) -> Problem:

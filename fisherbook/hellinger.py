@@ -134,8 +134,8 @@ def hellinger_distance(
         q = Conditional.of(model, second, rows.x, split=problem.plan.exact)
         log_p = jnp.where(p.inside(out.y), p.log_prob(out.y), -jnp.inf)
         log_q = jnp.where(q.inside(out.y), q.log_prob(out.y), -jnp.inf)
-        weight_p, weight_q = jnp.exp(log_p + out.log_r), jnp.exp(log_q + out.log_r)
-        square = (jnp.sqrt(weight_p) - jnp.sqrt(weight_q)) ** 2  # [k, n, m]
+        root_p, root_q = _root(log_p + out.log_r), _root(log_q + out.log_r)
+        weight_p, weight_q, square = root_p**2, root_q**2, (root_p - root_q) ** 2  # [k, n, m]
         h2 = jnp.sum(square, 0)
         joint = -2 * jnp.expm1(jnp.sum(jnp.log1p(-jnp.minimum(h2 / 2, 1.0)), -1))  # affinities multiply
         health = Health(undefined=2.0 * jnp.any(jnp.isnan(log_p) | jnp.isnan(log_q)))
@@ -152,6 +152,12 @@ def hellinger_distance(
 
     h2 = evaluate(problem, kernel, 1) / problem.n
     return jnp.sqrt(jnp.where(h2 > 0, h2, 0))
+
+
+def _root(log_weight: jax.Array) -> jax.Array:
+    """Square root of a weight that may be 0, with a derivative of 0 there."""
+    possible = log_weight > -jnp.inf
+    return jnp.where(possible, jnp.exp(0.5 * jnp.where(possible, log_weight, 0)), 0)
 
 
 def _same_structure(theta: Any, other: Any) -> Any:

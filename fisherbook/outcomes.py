@@ -27,13 +27,15 @@ class Outcomes(NamedTuple):
 
 
 def make_outcomes(
-    model: Model, thetas: Sequence[Any], block: Any, law: Law, plan: Plan, prune: bool = True
+    model: Model, thetas: Sequence[Any], block: Any, law: Law, plan: Plan, prune: bool = True, follow: bool = False
 ) -> Outcomes:
     """The outcomes of a block of rows, placed by p_theta for every theta given and weighted by the first.
 
-    `block` is (x, y, index): inputs, observations and the row numbers that key the draws.
+    `block` is (x, y, index): inputs, observations and the row numbers that key the draws. The outcomes stand still
+    when theta is differentiated; with `follow` their weights move, as the density does.
     """
     x, y, index = block
+    moving = thetas[0]
     thetas = jax.lax.stop_gradient(tuple(thetas))
     p = Conditional.of(model, thetas[0], x, split=plan.exact)
     log_r: Any = 0.0
@@ -47,6 +49,8 @@ def make_outcomes(
             y = _draw(model, thetas[0], x, index, law)
         log_p = p.log_prob(y)
         weight = jnp.full(log_p.shape, 1.0 / len(y), log_p.dtype)
+        if follow and plan.kind == "draws":
+            weight = weight * _ratio(Conditional.of(model, moving, x, split=False).log_prob(y))
         return Outcomes(y, weight, -jnp.log(float(len(y))) - log_p, None, 0.0, jnp.zeros((), bool))
     assert isinstance(law, Exact)
     all_p = [p] + [Conditional.of(model, t, x, split=True) for t in thetas[1:]]
@@ -80,9 +84,18 @@ def make_outcomes(
     log_r = jnp.broadcast_to(_sites(log_r, p, len(y)), log_p.shape)
     weight = jnp.exp(log_p + log_r)
     edge = _at_edge(model, thetas[0], x, y, log_p + log_r) if plan.enumerated else jnp.zeros((), bool)
+    possible, log_s = _prune(y, weight, log_r, len(p.sites)) if prune or follow else (y, log_r)
+    if follow:
+        ratio = _ratio(Conditional.of(model, moving, x, split=True).log_prob(possible))
+        weight = weight * jnp.where(weight > 0, ratio, 1)
     if prune:
-        y, log_r = _prune(y, weight, log_r, len(p.sites))
+        y, log_r = possible, log_s
     return Outcomes(y, weight, log_r, coarse, resolution, edge)
+
+
+def _ratio(log_p: jax.Array) -> jax.Array:
+    """p over itself held fixed: 1, with the derivative of the density."""
+    return jnp.exp(log_p - jax.lax.stop_gradient(log_p))
 
 
 def _sites(value: Any, p: Conditional, k: int) -> jax.Array:
