@@ -42,7 +42,7 @@ def _threshold(F: jax.Array) -> float:
     return 32 * F.shape[0] * float(jnp.finfo(F.dtype).eps)
 
 
-def _direction(vector: np.ndarray, names: Sequence[str]) -> str:
+def name_direction(vector: np.ndarray, names: Sequence[str]) -> str:
     vector = vector / np.linalg.norm(vector)
     terms = [f"{v:+.3g} {name}" for v, name in zip(vector, names, strict=True) if abs(v) > 1e-6]
     return " ".join(terms[:6]) + (" ..." if len(terms) > 6 else "")
@@ -56,7 +56,7 @@ def inverse(F: jax.Array, names: Sequence[str], what: str) -> jax.Array:
     def message() -> str:
         if is_traced(values):
             return f"{what} is singular or indefinite"
-        direction = _direction(np.asarray(root[:, 0]), names)
+        direction = name_direction(np.asarray(root[:, 0]), names)
         if float(values[0]) < -_threshold(F):
             return f"{what} is not positive definite: theta is not a maximum along {direction}"
         return f"{what} is singular: the data say nothing about the direction {direction}, so it has no standard error"
@@ -107,7 +107,7 @@ def cramer_rao(F: Any, n: Any = 1, jacobian: Any = None) -> jax.Array:
     if not is_traced(lost) and bool(lost.any()):
         rows = np.flatnonzero(np.asarray(lost))
         worst = np.argmax(np.abs(np.where(np.asarray(null), np.asarray(A[rows[0]]), 0)))
-        name = _direction(np.asarray(scale * vectors[:, worst]), [f"theta[{i}]" for i in range(d)])
+        name = name_direction(np.asarray(scale * vectors[:, worst]), [f"theta[{i}]" for i in range(d)])
         warnings.warn(
             f"F is singular along {name}: no unbiased estimator of "
             f"{'theta' if jacobian is None else 'g'}[{rows[0]}] has finite variance, so its bound is infinite",

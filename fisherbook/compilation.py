@@ -22,7 +22,7 @@ def compile_once(function: Callable[..., Any], *args: Any) -> Callable[..., Any]
     The constants a function closes over are part of its program. Where JAX passes them apart from it, or the
     program calls back into Python, the executable is the function's own.
     """
-    program = jax.jit(function)
+    program = jax.jit(function, keep_unused=True)  # else two programs of different arguments could be one text
     traced = program.trace(*args)
     if len(traced.jaxpr.in_avals) > len(jax.tree.leaves(args)):
         return program  # a value of an outer transformation is closed over: that transformation compiles
@@ -40,3 +40,12 @@ def compile_once(function: Callable[..., Any], *args: Any) -> Callable[..., Any]
             SEEN.popitem(last=False)
     SEEN.move_to_end(key)
     return SEEN[key]
+
+
+def run(function: Callable[..., Any], *trees: Any) -> Any:
+    """`function(*trees)` as one compiled program; the answer must hold arrays only."""
+    leaves, tree = jax.tree.flatten(trees)
+    flat = lambda *leaves: function(*jax.tree.unflatten(tree, leaves))
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return jax.jit(flat)(*leaves)
+    return compile_once(flat, *leaves)(*leaves)

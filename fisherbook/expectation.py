@@ -67,13 +67,13 @@ def prepare(model: Model, theta: Any, x: Any, law: Law, others: tuple[Any, ...] 
     y = None
     if isinstance(law, Data):
         y = check_observations(model, theta, law.y, x)
-    _check_domain(model, theta, x)
+    check_domain(model, theta, x)
     plan = make_plan(model, (theta, *others), x, law)
     weight = np.ones(n) if weights is None else weights
     return Problem(model, flat, unravel, law, plan, Rows(x, y, np.arange(n), weight), n)
 
 
-def _check_domain(model: Model, theta: Any, x: Any) -> None:
+def check_domain(model: Model, theta: Any, x: Any) -> None:
     """Distribution parameters outside their domain: numpyro would answer with NaN, or worse, with a number."""
     if is_traced(theta, x):
         return
@@ -175,7 +175,7 @@ def over_rows(
         # traced: one program under an eager vmap too, which would run every operation by itself
         compiled = jax.jit(compiled) if traced else compile_once(compiled, problem.flat, rows)
         total, health = compiled(problem.flat, rows)
-        return total, _depend(problem, health)
+        return total, depend(problem, health)
     length = -(-n // min(blocks, n))
     starts = np.minimum(np.arange(0, n, length), n - length)
     overlap = np.arange(0, n, length) - starts
@@ -205,14 +205,14 @@ def over_rows(
             result = part if result is None else _add(result, part)
         assert result is not None
         total, health = result
-    return total, _depend(problem, health)
+    return total, depend(problem, health)
 
 
 def _add(a: tuple[Any, Health], b: tuple[Any, Health]) -> tuple[Any, Health]:
     return jax.tree.map(jnp.add, a[0], b[0]), Health(*map(jnp.maximum, a[1], b[1]))
 
 
-def _depend(problem: Problem, health: Health) -> Health:
+def depend(problem: Problem, health: Health) -> Health:
     """Compare at most four rows taken together and one by one: a batch mean inside the model shows."""
     if problem.n == 1:
         return health
@@ -244,12 +244,19 @@ def evaluate(
 
     `per_row` counts scalars a row needs whatever the rule, `width` those for each of its outcomes.
     """
+    return settle(problem, kernel, per_row, width)[0]
+
+
+def settle(
+    problem: Problem, kernel: Callable[[Problem, jax.Array, Rows], tuple[Any, Health]], per_row: int, width: int = 1
+) -> tuple[Any, Problem]:
+    """As `evaluate`; also the problem with the rule that converged."""
     while True:
         total, health = over_rows(problem, kernel, per_row + width * problem.plan.size)
         law = problem.law
         if is_traced(total, health) or not isinstance(law, Exact) or not float(health.refine) > 1:
-            return verdict(problem.law, total, health)
+            return verdict(problem.law, total, health), problem
         finer = problem.plan.finer(law.max_outcomes)
         if finer is None:
-            return verdict(problem.law, total, health)
+            return verdict(problem.law, total, health), problem
         problem = problem._replace(plan=finer)

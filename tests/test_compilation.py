@@ -71,3 +71,13 @@ def test_values_of_an_outer_transformation_may_be_closed_over(transform):
 def test_trees_of_other_shape_are_other_programs():
     assert compile_once(lambda a: {"x": a}, 1.0)(1.0) == {"x": 1.0}
     assert compile_once(lambda a: {"y": a}, 1.0)(1.0) == {"y": 1.0}
+
+
+def test_programs_that_use_different_arguments_are_not_shared():
+    """JAX drops unused arguments, so the texts of these pairs would agree."""
+    assert compile_once(lambda a, b: 2 * a, 1.0, 10.0)(1.0, 10.0) == 2
+    assert compile_once(lambda a, b: 2 * b, 1.0, 10.0)(1.0, 10.0) == 20
+    x = {"low": jnp.ones(3), "high": 2 * jnp.ones(3)}
+    for column, expected in (("low", 1.0), ("high", 4.0)):
+        F = fb.score_covariance(lambda t, x, c=column: dist.Normal(t * x[c], 1.0), 0.0, x)
+        np.testing.assert_allclose(F, [[expected]])
