@@ -1,0 +1,283 @@
+"""The natural gradient as an optax transformation: steepest descent in the metric of the Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from .law import Data, Exact, Law, MonteCarlo
+from .model import Model, path_name, require
+from .operators import dense_fisher, implicit_fisher
+
+Number = Any  # a number, or a schedule: a function of the step count
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt:
+    """Damping that adapts to how well the quadratic model predicts the loss (Levenberg, 1944; Marquardt, 1963).
+
+    After each step the reduction ratio, actual over predicted decrease, is compared with 1/4 and 3/4: damping is
+    multiplied by `factor` below and divided by it above. A step that would increase the loss is not taken.
+
+    Args:
+        initial: damping of the first step, in the unit of F.
+        factor: above 1.
+        minimum, maximum: bounds of the damping.
+
+    Example:
+        >>> LevenbergMarquardt(initial=0.1).factor
+        4.0
+    """
+
+    initial: float = 1.0
+    factor: float = 4.0
+    minimum: float = 1e-10
+    maximum: float = 1e10
+
+    def __post_init__(self) -> None:
+        if not (0 < self.minimum <= self.initial <= self.maximum and self.factor > 1):
+            raise ValueError(f"needs 0 < minimum <= initial <= maximum and factor > 1, got {self}")
+
+
+class NaturalGradientState(NamedTuple):
+    """What a run needs to go on: arrays only, so that it can be saved and restored."""
+
+    count: jax.Array  # steps so far
+    damping: jax.Array  # of the next step, where it adapts
+    momentum: Any  # running direction, like params; () without momentum
+    curvature: Any  # the operator in use; () where every step makes its own
+    kl: jax.Array  # 1/2 d^T F d of the last step: the divergence it moved, to second order
+    reduction: jax.Array  # actual over predicted decrease of the last step; nan where damping does not adapt
+    rejected: jax.Array  # steps that were not taken because they would have increased the loss
+
+
+def natural_gradient(
+    model: Model,
+    learning_rate: Number = 1.0,
+    *,
+    curvature: Callable[..., Any] = dense_fisher,
+    law: Any = Exact(),  # noqa: B008
+    damping: Any = 1e-3,
+    trust_radius: float | None = None,
+    momentum: float = 0.0,
+    every: int = 1,
+    averaging: float = 0.0,
+    example: Any = None,
+) -> Any:
+    r"""Precondition gradients with the inverse Fisher information, :math:`-\eta (F + \lambda I)^{-1} g`.
+
+    Gradients must be those of the *mean* negative log-likelihood, since F is per observation. With the gradient of a
+    sum over n observations the step is n times too long: the symptom is a loss that rises at a learning rate of 1.
+
+    The step is `update(grads, state, params, x=x, y=y, key=key, value_fn=f)`: x are the inputs of the batch (absent
+    for an unconditional model), y its observations where `law=Data`, key where the law is a function of it, and
+    `value_fn(params)` the loss of the batch where damping adapts.
+
+    Args:
+        model: `model(theta)` or `model(theta, x)`, a distribution.
+        learning_rate: a number or a schedule; 1 is the full natural-gradient step.
+        curvature: `dense_fisher`, `diagonal_fisher`, `kronecker_fisher`, `low_rank_fisher`, `implicit_fisher`, or any
+            function of their signature that returns an operator with `solve` and `@`. With `dense_fisher` and fewer
+            rows than parameters the same step is computed in the space of the rows.
+        law: a law; a function from the step's key to one, `lambda key: MonteCarlo(key, 1)`; or `Data` itself, for the
+            empirical Fisher of each batch.
+        damping: a number, a schedule, a pytree with one number per leaf, or `LevenbergMarquardt(...)`; the unit of F.
+        trust_radius: the largest divergence :math:`\frac12 d^\top F d` that a step may cover, in nats per observation;
+            longer steps are shortened.
+        momentum: fraction of the last direction that is added to the new one, in [0, 1).
+        every: steps between two computations of the curvature.
+        averaging: weight of the past in a running mean of the curvature, in [0, 1).
+        example: inputs of one batch (or a row of them); needed where the state holds the curvature (`every` above 1 or
+            `averaging` above 0), since `init` sees the parameters alone.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`; its state is a `NaturalGradientState`.
+
+    Raises:
+        ValueError: an argument that an option needs is missing, the curvature's size is not that of the parameters, F +
+            damping is singular, or the gradient is not finite.
+
+    Example:
+        >>> import numpyro.distributions as dist, optax
+        >>> model, y = (lambda t: dist.Poisson(jnp.exp(t))), jnp.array([2, 5, 3, 6])
+        >>> loss = lambda t: -model(t).log_prob(y).mean()
+        >>> optimiser, t = natural_gradient(model, damping=0.0), jnp.array(1.0)
+        >>> state = optimiser.init(t)
+        >>> for _ in range(6):
+        ...     updates, state = optimiser.update(jax.grad(loss)(t), state, t)
+        ...     t = optax.apply_updates(t, updates)
+        >>> print(f"{jnp.exp(t):.6f}")  # the mean
+        4.000000
+
+    Derived in the chapter "The natural gradient". Source: Amari (1998), section 2; Martens (2020), sections 6 and 8.
+    """
+    import optax
+
+    adaptive = isinstance(damping, LevenbergMarquardt)
+    holds = every > 1 or averaging > 0
+    _check_options(learning_rate, trust_radius, momentum, every, averaging)
+
+    def build(params: Any, x: Any, y: Any, key: Any) -> Any:
+        F = _pick(curvature, holds)(model, params, x, law=_law_of_step(law, y, key))
+        d = ravel_pytree(params)[0].size
+        if tuple(getattr(F, "shape", ())) != (d, d):
+            raise ValueError(f"curvature has shape {getattr(F, 'shape', None)} but the parameters are {d} scalars")
+        return F
+
+    def init(params: Any) -> NaturalGradientState:
+        dtype = ravel_pytree(params)[0].dtype
+        zero = jnp.zeros((), dtype)
+        held: Any = ()
+        if holds:
+            y = None if law is not Data else _outcomes_like(model, params, example)
+            shapes = jax.eval_shape(lambda p: build(p, example, y, jax.random.key(0)), params)
+            held = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        running = jax.tree.map(jnp.zeros_like, params) if momentum > 0 else ()
+        start = jnp.asarray(damping.initial if adaptive else 0.0, dtype)
+        count = jnp.zeros((), int)
+        return NaturalGradientState(count, start, running, held, zero, jnp.full((), jnp.nan, dtype), count)
+
+    def refresh(state: NaturalGradientState, params: Any, x: Any, y: Any, key: Any) -> Any:
+        if not holds:
+            return build(params, x, y, key)
+
+        def renew(old: Any) -> Any:
+            new = build(params, x, y, key)
+            return new if averaging == 0 else old.average(new, jnp.where(state.count == 0, 1.0, 1 - averaging))
+
+        return jax.lax.cond(state.count % every == 0, renew, lambda old: old, state.curvature)
+
+    def update(
+        updates: Any,
+        state: NaturalGradientState,
+        params: Any = None,
+        *,
+        x: Any = None,
+        y: Any = None,
+        key: Any = None,
+        value_fn: Callable[[Any], Any] | None = None,
+        **extra: Any,
+    ) -> tuple[Any, NaturalGradientState]:
+        del extra
+        if params is None:
+            raise ValueError("natural_gradient needs the parameters: update(grads, state, params, x=x)")
+        if adaptive and value_fn is None:
+            raise ValueError("LevenbergMarquardt compares losses: pass value_fn=, a function of params, to update")
+        grads = _finite(updates)
+        F = refresh(state, params, x, y, key)
+        level = state.damping if adaptive else _at(damping, state.count)
+        direction = F.solve(grads, level)
+        if momentum > 0:
+            direction = jax.tree.map(lambda m, v: momentum * m + v, state.momentum, direction)
+        step = _scaled(direction, -_at(learning_rate, state.count))
+        curve = _dot(step, F @ step)
+        if trust_radius is not None:
+            shorten = jnp.minimum(1.0, jnp.sqrt(2 * trust_radius / jnp.maximum(curve, jnp.finfo(curve.dtype).tiny)))
+            step, curve = _scaled(step, shorten), curve * shorten**2
+        new = state._replace(
+            count=state.count + 1,
+            kl=curve / 2,
+            momentum=direction if momentum > 0 else (),
+            curvature=F if holds else (),
+        )
+        if adaptive:
+            assert value_fn is not None
+            step, new = _adapt(damping, new, step, value_fn, params, _dot(grads, step) + curve / 2)
+        return step, new
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_options(learning_rate: Any, trust_radius: Any, momentum: float, every: int, averaging: float) -> None:
+    if not callable(learning_rate) and not learning_rate > 0:
+        raise ValueError(f"learning_rate must be positive or a schedule, got {learning_rate}")
+    if trust_radius is not None and not trust_radius > 0:
+        raise ValueError(f"trust_radius must be positive, a divergence in nats, got {trust_radius}")
+    if not 0 <= momentum < 1 or not 0 <= averaging < 1:
+        raise ValueError(f"momentum and averaging must be in [0, 1), got {momentum} and {averaging}")
+    if every < 1:
+        raise ValueError(f"every must be at least 1, got {every}")
+
+
+def _law_of_step(law: Any, y: Any, key: Any) -> Law:
+    if law is Data:
+        if y is None:
+            raise ValueError("law=Data needs the observations of the batch: update(..., y=y)")
+        return Data(y)
+    if isinstance(law, (Exact, MonteCarlo, Data)):
+        return law
+    if key is None:
+        raise ValueError("a sampled law needs the step's key: update(..., key=key)")
+    return law(key)
+
+
+def _pick(curvature: Callable[..., Any], holds: bool) -> Callable[..., Any]:
+    """Row space instead of a matrix where there are fewer rows than parameters: the same step, sooner."""
+    if curvature is not dense_fisher or holds:
+        return curvature
+
+    def choose(model: Model, theta: Any, x: Any, *, law: Law) -> Any:
+        F = implicit_fisher(model, theta, x, law=law)
+        return F if F.rows < F.d else dense_fisher(model, theta, x, law=law)
+
+    return choose
+
+
+def _outcomes_like(model: Model, params: Any, x: Any) -> Any:
+    whole = model(params) if x is None else model(params, x)
+    return whole.sample(jax.random.key(0), (1,) if x is None else ())
+
+
+def _finite(grads: Any) -> Any:
+    flat = ravel_pytree(grads)[0]
+
+    def message() -> str:
+        bad = [
+            path_name(p) for p, g in jax.tree_util.tree_leaves_with_path(grads) if not bool(jnp.all(jnp.isfinite(g)))
+        ]
+        return f"the gradient is not finite in {', '.join(bad)}"
+
+    short = "the gradient is not finite"
+    return require(jnp.all(jnp.isfinite(flat)), grads, short if isinstance(flat, jax.core.Tracer) else message)
+
+
+def _at(value: Any, count: jax.Array) -> Any:
+    return value(count) if callable(value) else value
+
+
+def _scaled(tree: Any, c: Any) -> Any:
+    return jax.tree.map(lambda leaf: (c * leaf).astype(leaf.dtype), tree)
+
+
+def _dot(a: Any, b: Any) -> jax.Array:
+    return jnp.vdot(ravel_pytree(a)[0], ravel_pytree(b)[0])
+
+
+def _adapt(
+    rule: LevenbergMarquardt,
+    state: NaturalGradientState,
+    step: Any,
+    value_fn: Callable[[Any], Any],
+    params: Any,
+    predicted: Any,
+) -> tuple[Any, NaturalGradientState]:
+    """Compare the decrease with the predicted one, change the damping, and leave out a step that increases the loss."""
+    before, after = value_fn(params), value_fn(jax.tree.map(jnp.add, params, step))
+    ratio = jnp.where(predicted < 0, (after - before) / jnp.where(predicted < 0, predicted, 1), 0.0)
+    bad = ~(after <= before)  # also where the loss is not finite
+    ratio = jnp.where(bad & ~(ratio < 0), -jnp.inf, ratio)
+    factor = jnp.where(ratio > 0.75, 1 / rule.factor, jnp.where(ratio < 0.25, rule.factor, 1.0))
+    at_rest = (before == after) & (jnp.abs(predicted) <= 4 * jnp.finfo(before.dtype).eps * jnp.abs(before))
+    factor = jnp.where(at_rest, 1.0, factor)
+    taken = jax.tree.map(lambda leaf: jnp.where(bad, jnp.zeros_like(leaf), leaf), step)
+    return taken, state._replace(
+        damping=jnp.clip(state.damping * factor, rule.minimum, rule.maximum).astype(state.damping.dtype),
+        reduction=ratio.astype(state.reduction.dtype),
+        rejected=state.rejected + bad,
+        kl=jnp.where(bad, 0, state.kl),
+    )

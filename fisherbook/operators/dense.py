@@ -1,0 +1,106 @@
+"""The Fisher information as a matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..compilation import run
+from ..law import Data, Exact, Law
+from ..model import Model
+from ..root import Root, dense_rows, make_root, over_blocks, row_shape
+from ..score import weighted_score_covariance
+from .base import Fisher
+from .factor import cholesky
+
+
+class DenseFisher(Fisher):
+    """F as a matrix [d, d]: every method is exact."""
+
+    matrix: jax.Array
+
+    def _multiply(self, V: jax.Array) -> jax.Array:
+        return self.matrix @ V
+
+    def as_matrix(self) -> jax.Array:
+        return self.scale * self.matrix
+
+    def _diagonal(self) -> jax.Array:
+        return jnp.diagonal(self.matrix)
+
+    def _factor(self, damping: jax.Array) -> jax.Array:
+        return cholesky(self.matrix + damping * jnp.eye(self.d, dtype=self.matrix.dtype), lambda: self.names)
+
+    def _solve(self, V: jax.Array, damping: jax.Array) -> jax.Array:
+        return jax.scipy.linalg.cho_solve((self._factor(damping), True), V)
+
+    def _logdet(self, damping: jax.Array) -> jax.Array:
+        return 2 * jnp.sum(jnp.log(jnp.diagonal(self._factor(damping))))
+
+    def _inverse_root(self, white: jax.Array, damping: jax.Array) -> jax.Array:
+        return jax.scipy.linalg.solve_triangular(self._factor(damping), white, lower=True, trans=1)
+
+    def _plus(self, other: Fisher) -> Fisher | None:
+        if not isinstance(other, DenseFisher):
+            return None
+        return DenseFisher(self.theta, jnp.ones((), self.dtype), self.law, self.as_matrix() + other.as_matrix())
+
+    def average(self, newer: Fisher, weight: Any) -> Fisher:
+        old, new = self.as_matrix(), newer.as_matrix()
+        return DenseFisher(newer.theta, jnp.ones((), self.dtype), self.law, (1 - weight) * old + weight * new)
+
+    def _numbers(self) -> list[tuple[str, str]]:
+        values = jnp.linalg.eigvalsh(self.as_matrix())
+        rank = int(jnp.sum(values > 8 * self.d * jnp.finfo(values.dtype).eps * values[-1]))
+        condition = f"{float(values[-1] / values[0]):.3g}" if rank == self.d else f"singular: rank {rank} of {self.d}"
+        return [*super()._numbers(), ("condition", condition)]
+
+
+def dense_fisher(model: Model, theta: Any, x: Any = None, *, law: Law = Exact()) -> DenseFisher:
+    r"""Form the Fisher information as a matrix, :math:`F = R^\top R`, per observation.
+
+    Args:
+        model: `model(theta)` or `model(theta, x)`, a distribution.
+        theta: parameter pytree with d scalars, interior to its domain; units u.
+        x: inputs with leading axis n, for a conditional model; F is the mean over them.
+        law: `Exact()`, `MonteCarlo(key, draws)` with error O(1/sqrt(draws)), or `Data(y)`, the empirical Fisher.
+
+    Returns:
+        An operator of shape [d, d] in 1/u^2, with every method exact.
+
+    Raises:
+        ValueError: as `score_covariance`; a solve raises where F + damping is singular.
+
+    Example:
+        >>> import numpyro.distributions as dist
+        >>> x = jnp.array([[1.0, 0.0], [1.0, 2.0]])
+        >>> F = dense_fisher(lambda t, x: dist.Poisson(jnp.exp(x @ t)), jnp.zeros(2), x)
+        >>> print(F.as_matrix())  # X^T X / n at rate 1
+        [[1. 1.]
+         [1. 2.]]
+
+    Derived in the chapter "Fisher at scale". Source: Martens (2020), section 8.
+    """
+    root = make_root(model, theta, x, law=law)
+    if root.varying is None and root.plan.exact:
+        matrix = weighted_score_covariance(model, theta, x, law, None)
+    else:
+        matrix = run(gram_of_columns, root)
+    return DenseFisher(root.theta, jnp.ones((), matrix.dtype), law_name(law), matrix)
+
+
+def gram_of_columns(root: Root) -> jax.Array:
+    """R^T R, a block of inputs at a time."""
+
+    def block(part: Root) -> jax.Array:
+        R = dense_rows(part).reshape(-1, part.d)
+        return R.T @ R
+
+    F = over_blocks(root, block, root.n * row_shape(root) * root.d)
+    return (F + F.T) / 2
+
+
+def law_name(law: Law) -> str:
+    return "empirical, Data(y)" if isinstance(law, Data) else type(law).__name__

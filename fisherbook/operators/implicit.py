@@ -1,0 +1,208 @@
+"""The Fisher information as a product: never formed, solved by conjugate gradients or in the space of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from ..compilation import run
+from ..law import Exact, Law
+from ..model import Model, is_traced, require
+from ..root import CAP, Root, dense_rows, linearize, make_root, over_blocks, residuals, row_shape, transpose
+from .base import Fisher
+from .dense import law_name
+from .diagonal import squared_columns
+from .factor import cholesky
+from .woodbury import Thin
+
+LARGEST = 8192  # the smaller side of R up to which determinants and draws are computed through it
+
+
+class ImplicitFisher(Fisher):
+    """F through its products R^T (R v), with R linearised once.
+
+    `solve` works in the space of R's rows where these are fewer than the parameters and damping is positive, and by
+    conjugate gradients to the relative residual `rtol` otherwise. Determinants and draws go through the smaller side of
+    R, up to 8192.
+    """
+
+    root: Root
+    kept: list[jax.Array] | None
+    rtol: float = eqx.field(static=True)
+    max_steps: int | None = eqx.field(static=True)
+    preconditioner: Any
+    form: Any = eqx.field(static=True)
+
+    def _multiply(self, V: jax.Array) -> jax.Array:
+        return self._product()(V)
+
+    def _product(self) -> Callable[[jax.Array], jax.Array]:
+        """V [d, k] -> R^T R V, linearised once however often it is called."""
+        flat, big = self.root.flat, residuals(self.root)
+        if self.kept is not None or big <= CAP:
+            linear = linearize(self.root) if self.kept is None else jax.tree.unflatten(self.form, self.kept)
+            one = lambda v: transpose(linear, flat)(linear(v))
+        else:
+
+            def block(part: Root, v: jax.Array) -> jax.Array:
+                linear = linearize(part)
+                return transpose(linear, flat)(linear(v))
+
+            one = lambda v: over_blocks(self.root, lambda part: block(part, v), big)
+        return lambda V: one(V[:, 0])[:, None] if V.shape[1] == 1 else jax.vmap(one, 1, 1)(V)
+
+    def _diagonal(self) -> jax.Array:
+        return squared_columns(self.root)
+
+    @property
+    def rows(self) -> int:
+        return self.root.n * row_shape(self.root)
+
+    def _columns(self) -> jax.Array:
+        """R^T as an array [d, rows]."""
+        return dense_rows(self.root).reshape(-1, self.d).T
+
+    def _solve(self, V: jax.Array, damping: jax.Array) -> jax.Array:
+        if self.rows < self.d and self.rows <= LARGEST and self.rows * self.d <= 4 * CAP:
+            return run(lambda F, V, damping: F._thin(damping).solve(V), self, V, self._positive(damping))
+        damped = True if is_traced(damping) else bool(jnp.all(damping > 0))
+        w, error, probe = run(
+            lambda F, V, damping: F._conjugate_gradients(V, damping, probe=not damped), self, V, damping
+        )
+        tolerance = max(10 * self.rtol, 1e3 * float(jnp.finfo(V.dtype).eps))
+        w = require(probe <= 1e-3, w, lambda: self._stuck("F is singular to working precision", probe))
+        return require(error <= tolerance, w, lambda: self._stuck("conjugate gradients did not converge", error))
+
+    def _stuck(self, what: str, size: Any) -> str:
+        number = "" if is_traced(size) else f" (relative error {float(size):.1e})"
+        return f"{what}{number}: pass damping > 0, a preconditioner=, or more max_steps="
+
+    def _positive(self, damping: jax.Array) -> jax.Array:
+        hint = (
+            f"F has {self.rows} rows and {self.d} parameters, so it is singular: pass damping > 0 "
+            "(the step then lies in the space of the rows)"
+        )
+        return require(jnp.all(damping > 0), damping, hint)
+
+    def _conjugate_gradients(self, V: jax.Array, damping: jax.Array, probe: bool) -> tuple[jax.Array, ...]:
+        import lineax as lx
+
+        product = self._product()
+        one = lambda v: product(v[:, None])[:, 0] + damping * v
+        form = jax.ShapeDtypeStruct((self.d,), V.dtype)
+        operator = lx.FunctionLinearOperator(one, form, lx.positive_semidefinite_tag)
+        steps = self.max_steps or max(1000, 10 * self.d)
+        solver = lx.CG(rtol=self.rtol, atol=0.0, max_steps=steps, norm=jnp.linalg.norm)
+        options = {}
+        if self.preconditioner is not None:
+            before = self.preconditioner
+            call = before.solve if isinstance(before, Fisher) else before
+            options["preconditioner"] = lx.FunctionLinearOperator(call, form, lx.positive_semidefinite_tag)
+
+        def solve(v: jax.Array) -> jax.Array:
+            return lx.linear_solve(operator, v, solver, options=dict(options), throw=False).value
+
+        def relative(w: jax.Array, v: jax.Array) -> jax.Array:
+            return jnp.linalg.norm(one(w) - v) / jnp.maximum(jnp.linalg.norm(v), jnp.finfo(v.dtype).tiny)
+
+        W = jax.lax.map(solve, V.T)
+        error = jnp.max(jax.vmap(relative)(W, V.T))
+        if not probe:
+            return W.T, error, jnp.zeros(())
+        # without damping: a null direction of F is invisible in W, and visible in a vector that has a part in it
+        z = jax.random.normal(jax.random.key(0), (self.d,), V.dtype) / jnp.sqrt(jnp.maximum(jnp.linalg.norm(V), 1))
+        back = solve(one(z))
+        return W.T, error, jnp.linalg.norm(back - z) / jnp.linalg.norm(z)
+
+    def _thin(self, damping: jax.Array) -> Thin:
+        return Thin.of(self._columns(), damping, "damping must be positive")
+
+    def _factor(self, damping: jax.Array) -> jax.Array:
+        if self.d > LARGEST:
+            raise ValueError(
+                f"the determinant and draws of an implicit Fisher information need at most {LARGEST} rows or "
+                f"parameters, not {self.rows} and {self.d}: use low_rank_fisher, kronecker_fisher or diagonal_fisher"
+            )
+        M = run(lambda F: F._multiply(jnp.eye(F.d, dtype=F.dtype)), self)
+        return cholesky(M + damping * jnp.eye(self.d, dtype=M.dtype), lambda: self.names)
+
+    def _logdet(self, damping: jax.Array) -> jax.Array:
+        if self.rows < self.d and self.rows <= LARGEST:
+            return run(lambda F, damping: F._thin(damping).logdet(), self, self._positive(damping))
+        return 2 * jnp.sum(jnp.log(jnp.diagonal(self._factor(damping))))
+
+    def _inverse_root(self, white: jax.Array, damping: jax.Array) -> jax.Array:
+        if self.rows < self.d and self.rows <= LARGEST:
+            return run(
+                lambda F, white, damping: F._thin(damping).inverse_root(white), self, white, self._positive(damping)
+            )
+        return jax.scipy.linalg.solve_triangular(self._factor(damping), white, lower=True, trans=1)
+
+    def trace_estimate(self, key: jax.Array, draws: int = 30) -> tuple[jax.Array, jax.Array]:
+        """The trace from random signs (Hutchinson, 1990), and the standard error of that estimate."""
+        from matfree import stochtrace
+
+        sampler = stochtrace.sampler_signs(self.root.flat, num=draws)
+        estimate = stochtrace.estimator_monte_carlo_mean_and_sem(stochtrace.monte_carlo_trace(), sampler)
+        mean, error = run(lambda F, key: estimate(lambda v: F._multiply(v[:, None])[:, 0], key), self, key)
+        return self.scale * mean, self.scale * error
+
+
+def implicit_fisher(
+    model: Model,
+    theta: Any,
+    x: Any = None,
+    *,
+    law: Law = Exact(),  # noqa: B008
+    rtol: float = 1e-8,
+    max_steps: int | None = None,
+    preconditioner: Any = None,
+) -> ImplicitFisher:
+    r"""Represent the Fisher information by its products, :math:`F v = R^\top (R v)`: one push forward, one pull back.
+
+    Args:
+        model: `model(theta)` or `model(theta, x)`, a distribution.
+        theta: parameter pytree with d scalars, interior to its domain; units u.
+        x: inputs with leading axis n, for a conditional model; F is the mean over them.
+        law: `Exact()`, `MonteCarlo(key, draws)` with error O(1/sqrt(draws)), or `Data(y)`, the empirical Fisher.
+        rtol: relative residual at which conjugate gradients stop; in float32 no less than 1e-6 can be reached.
+        max_steps: most conjugate gradient steps, by default the larger of 1000 and 10 d.
+        preconditioner: approximate inverse of F + damping: a function from [d] to [d], or another operator, whose
+            `solve` is used.
+
+    Returns:
+        An operator of shape [d, d] in 1/u^2.
+
+    Raises:
+        ValueError: as `score_covariance`; a solve that does not converge, or whose F is singular and undamped.
+
+    Example:
+        >>> import numpyro.distributions as dist
+        >>> x = jnp.array([[1.0, 0.0], [1.0, 2.0]])
+        >>> F = implicit_fisher(lambda t, x: dist.Normal(x @ t, 1.0), jnp.zeros(2), x)
+        >>> print(F @ jnp.array([1.0, 0.0]))  # the first column of X^T X / n
+        [1. 1.]
+
+    Derived in the chapter "Fisher at scale". Source: Schraudolph (2002), section 3; Martens (2020), section 8.
+    """
+    root = make_root(model, theta, x, law=law)
+    kept, form = None, None
+    if not is_traced(root) and residuals(root) <= CAP:
+        forms: list[Any] = []
+
+        def parts(r: Root) -> list[jax.Array]:
+            leaves, tree = jax.tree.flatten(linearize(r))
+            forms.append(tree)
+            return leaves
+
+        kept = run(parts, root)
+        form = forms[-1]
+    dtype = root.flat.dtype
+    rtol = max(rtol, 10 * float(jnp.finfo(dtype).eps))
+    return ImplicitFisher(
+        root.theta, jnp.ones((), dtype), law_name(law), root, kept, rtol, max_steps, preconditioner, form
+    )

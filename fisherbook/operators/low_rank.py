@@ -1,0 +1,156 @@
+"""The leading eigenvectors of the Fisher information, and how much of its trace they leave out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..compilation import run
+from ..law import Exact, Law
+from ..model import Model
+from ..root import CAP, Root, dense_rows, linearize, make_root, over_blocks, residuals, row_shape, transpose
+from .base import Fisher
+from .dense import law_name
+from .diagonal import squared_columns
+from .factor import cholesky
+from .woodbury import Thin
+
+RANK, OVERSAMPLING, ROUNDS = 100, 10, 2
+
+
+class LowRankFisher(Fisher):
+    """F restricted to its leading eigenvectors, U diag(s) U^T; `discarded` is the trace of what it leaves out.
+
+    Solves, determinants and draws of F + damping are exact for the restricted F; they need damping > 0 where the rank
+    is below d.
+    """
+
+    vectors: jax.Array  # [d, k]
+    values: jax.Array  # [k], from the largest down
+    discarded: jax.Array
+
+    def _multiply(self, V: jax.Array) -> jax.Array:
+        return self.vectors @ (self.values[:, None] * (self.vectors.T @ V))
+
+    def _diagonal(self) -> jax.Array:
+        return self.vectors**2 @ self.values
+
+    def eigenvalues(self) -> jax.Array:
+        """The leading eigenvalues [k], from the largest down."""
+        return self.scale * self.values
+
+    @property
+    def _full(self) -> bool:
+        return self.vectors.shape[1] == self.d
+
+    def _thin(self, damping: jax.Array) -> Thin:
+        k = self.vectors.shape[1]
+        hint = (
+            f"a Fisher information of rank {k} is singular in {self.d} parameters: pass damping > 0, or a higher rank="
+        )
+        return Thin.of(self.vectors * jnp.sqrt(self.values), damping, hint)
+
+    def _dense(self, damping: jax.Array) -> jax.Array:
+        M = self._multiply(jnp.eye(self.d, dtype=self.dtype))
+        return cholesky(M + damping * jnp.eye(self.d, dtype=M.dtype), lambda: self.names)
+
+    def _solve(self, V: jax.Array, damping: jax.Array) -> jax.Array:
+        if self._full:
+            return jax.scipy.linalg.cho_solve((self._dense(damping), True), V)
+        return self._thin(damping).solve(V)
+
+    def _logdet(self, damping: jax.Array) -> jax.Array:
+        if self._full:
+            return 2 * jnp.sum(jnp.log(jnp.diagonal(self._dense(damping))))
+        return self._thin(damping).logdet()
+
+    def _inverse_root(self, white: jax.Array, damping: jax.Array) -> jax.Array:
+        if self._full:
+            return jax.scipy.linalg.solve_triangular(self._dense(damping), white, lower=True, trans=1)
+        return self._thin(damping).inverse_root(white)
+
+    def _numbers(self) -> list[tuple[str, str]]:
+        left_out = float(self.discarded / (self.discarded + jnp.sum(self.values)))
+        spread = f"{float(self.values[0]):.3g} to {float(self.values[-1]):.3g}"
+        return [
+            *super()._numbers(),
+            ("rank", f"{len(self.values)}, eigenvalues {spread}"),
+            ("trace left out", f"{left_out:.3g} of it"),
+        ]
+
+
+def low_rank_fisher(
+    model: Model,
+    theta: Any,
+    x: Any = None,
+    *,
+    law: Law = Exact(),
+    rank: int = RANK,  # noqa: B008
+) -> LowRankFisher:
+    r"""Compute the leading eigenvectors of the Fisher information from its root, without forming it.
+
+    Where there are fewer rows than parameters it is exact: the eigenvectors of the Gram matrix :math:`R R^\top`, pulled
+    back. Otherwise a randomised range finder with two rounds of power iteration; its error is of the order of the
+    eigenvalue after the last one kept, and `discarded` is the trace that is left out, exactly.
+
+    Args:
+        model: `model(theta)` or `model(theta, x)`, a distribution.
+        theta: parameter pytree with d scalars, interior to its domain; units u.
+        x: inputs with leading axis n, for a conditional model; F is the mean over them.
+        law: `Exact()`, `MonteCarlo(key, draws)` with error O(1/sqrt(draws)), or `Data(y)`, the empirical Fisher.
+        rank: number of eigenvectors kept, at most d and the number of rows.
+
+    Returns:
+        An operator of shape [d, d] in 1/u^2 with `values`, `vectors` and `discarded`.
+
+    Raises:
+        ValueError: as `score_covariance`; `rank` is below 1; a solve without damping where the rank is below d.
+
+    Example:
+        >>> import numpyro.distributions as dist
+        >>> x = jnp.array([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        >>> F = low_rank_fisher(lambda t, x: dist.Normal(x @ t, 1.0), jnp.zeros(3), x, rank=1)
+        >>> print(F.eigenvalues(), F.discarded)  # X^T X / 2 has eigenvalues 2, 1/2, 0
+        [2.] 0.5
+
+    Derived in the chapter "Fisher at scale". Source: Halko, Martinsson and Tropp (2011), section 4.5.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    root = make_root(model, theta, x, law=law)
+    rows = root.n * row_shape(root)
+    k = min(rank, root.d, rows)
+    small = min(rows, root.d)
+    wide = rows <= root.d and rows * root.d <= CAP
+    take = _from_gram if wide else _randomised
+    values, vectors, trace = run(lambda r: take(r, k, min(small, k + OVERSAMPLING)), root)
+    discarded = jnp.maximum(trace - jnp.sum(values), 0)
+    return LowRankFisher(root.theta, jnp.ones((), values.dtype), law_name(law), vectors, values, discarded)
+
+
+def _from_gram(root: Root, k: int, _: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    R = dense_rows(root).reshape(-1, root.d)
+    _, s, Vt = jnp.linalg.svd(R, full_matrices=False)
+    return s[:k] ** 2, Vt[:k].T, jnp.sum(s**2)
+
+
+def _randomised(root: Root, k: int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    flat = root.flat
+
+    def product(Q: jax.Array) -> jax.Array:
+        def block(part: Root) -> jax.Array:
+            linear = linearize(part)
+            return jax.vmap(lambda v: transpose(linear, flat)(linear(v)), 1, 1)(Q)
+
+        return over_blocks(root, block, residuals(root) * size)
+
+    Q = jnp.asarray(np.random.default_rng(0).standard_normal((root.d, size)), flat.dtype)
+    for _ in range(ROUNDS + 1):
+        Q = jnp.linalg.qr(product(jnp.linalg.qr(Q)[0]))[0]
+    small = Q.T @ product(Q)
+    values, vectors = jnp.linalg.eigh((small + small.T) / 2)
+    trace = jnp.sum(squared_columns(root))
+    return jnp.maximum(values[::-1][:k], 0), (Q @ vectors[:, ::-1])[:, :k], trace

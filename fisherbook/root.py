@@ -1,0 +1,248 @@
+"""The root R of the Fisher information, F = R^T R: rows are inputs and outcomes, columns are parameters.
+
+R is linear in theta's tangent: `R v` pushes v forward through the model and weighs what arrives (by a family's closed
+form, or by the square root of each outcome's probability), `R^T u` pulls back. Neither forms R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from .checks import Health, verdict
+from .compilation import run
+from .expectation import Problem, Rows, check_domain, depend, inspect, prepare, rows_weight, settle
+from .families import find_family, own_parameters, push_forward
+from .law import Data, Exact, Law, Plan, check_law
+from .model import Conditional, Model, call, flatten, is_traced, row_count, take_rows
+
+CAP = 2**26  # scalars held at once for one block of inputs
+
+Map = Callable[[Any], Any]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["theta", "law", "rows"],
+    meta_fields=["model", "plan", "varying", "total"],
+)
+@dataclass(frozen=True)
+class Root:
+    """The root at one theta over a block of rows; R has the shape [n, r, d] of rows, outcomes and parameters.
+
+    `varying` marks the distribution's own parameters that depend on theta where the family has a closed form, and is
+    None where the law's outcomes are used. `total` is the n of the mean, which a block of rows keeps.
+    """
+
+    model: Model
+    theta: Any
+    law: Law
+    plan: Plan
+    rows: Rows
+    varying: tuple[bool, ...] | None
+    total: int
+
+    @property
+    def flat(self) -> jax.Array:
+        return ravel_pytree(self.theta)[0]
+
+    @property
+    def unravel(self) -> Callable[[jax.Array], Any]:
+        return ravel_pytree(self.theta)[1]
+
+    @property
+    def n(self) -> int:
+        return len(self.rows.index)
+
+    @property
+    def d(self) -> int:
+        return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(self.theta))
+
+    def problem(self) -> Problem:
+        return Problem(self.model, self.flat, self.unravel, self.law, self.plan, self.rows, self.n)
+
+
+def make_root(model: Model, theta: Any, x: Any = None, *, law: Law = Exact(), weights: Any = None) -> Root:
+    """Check the arguments, settle how the outcomes are made, and hold what R needs; weights have mean 1."""
+    check_law(law)
+    flat, unravel = flatten(theta)
+    theta, n = unravel(flat), 1 if x is None else row_count(x)
+    weight = np.ones(n) if weights is None else weights
+    varying = _closed_form(model, theta, x) if isinstance(law, Exact) else None
+    if varying is not None:
+        check_domain(model, theta, x)
+        rows = Rows(x, None, np.arange(n), weight)
+        root = Root(model, theta, law, Plan("closed"), rows, varying, n)
+        return root if n == 1 else replace(root, theta=_independent(root))
+    problem = prepare(model, theta, x, law, weights=weights)
+    if isinstance(law, Exact):  # the sampled laws are checked where they are made
+
+        def checks(problem: Problem, flat: jax.Array, rows: Rows) -> tuple[jax.Array, Health]:
+            return jnp.sum(flat), inspect(problem, flat, rows, problem.outcomes(flat, rows))[0]
+
+        value, problem = settle(problem, checks, flat.size, 4)
+        theta = jax.tree.map(lambda leaf: leaf + 0 * value, theta) if is_traced(value) else theta
+    elif problem.n > 1:
+        theta = verdict(law, theta, depend(problem, Health()))
+    kept = Data(None) if isinstance(law, Data) else law
+    return Root(model, theta, kept, problem.plan, problem.rows, None, n)
+
+
+def _closed_form(model: Model, theta: Any, x: Any) -> tuple[bool, ...] | None:
+    """Which of the family's parameters depend on theta; None where there is no closed form for those."""
+    first = None if x is None else take_rows(x, slice(0, 1))
+    Conditional.of(model, theta, first, split=False)  # its checks of the batch shape
+    family = find_family(call(model, theta, first))
+    if family is None:
+        return None
+    varying = depends(lambda t: own_parameters(call(model, t, first)), theta)
+    blocked = any(v and name in family.fixed for v, name in zip(varying, family.parameters, strict=True))
+    return None if blocked or not any(varying) else varying
+
+
+def depends(function: Callable[[Any], tuple[Any, ...]], theta: Any) -> tuple[bool, ...]:
+    """Which outputs of `function` depend on theta, read off its program."""
+    closed = jax.make_jaxpr(function)(theta)
+    return _reached(closed.jaxpr, [True] * len(closed.jaxpr.invars))
+
+
+def _reached(jaxpr: Any, inputs: list[bool]) -> tuple[bool, ...]:
+    seen = {v for v, on in zip(jaxpr.invars, inputs, strict=True) if on}
+    moves = lambda atom: not hasattr(atom, "val") and atom in seen
+    for eqn in jaxpr.eqns:
+        on = [moves(atom) for atom in eqn.invars]
+        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        inner = getattr(inner, "jaxpr", inner)
+        if eqn.primitive.name == "stop_gradient" or not any(on):
+            continue
+        same = inner is not None and len(inner.invars) == len(on) and len(inner.outvars) == len(eqn.outvars)
+        calls = same and eqn.primitive.name not in ("scan", "while", "cond")
+        outs = _reached(inner, on) if calls else [True] * len(eqn.outvars)
+        seen |= {v for v, out in zip(eqn.outvars, outs, strict=True) if out}
+    return tuple(moves(atom) for atom in jaxpr.outvars)
+
+
+def _independent(root: Root) -> Any:
+    """theta, or an error where a row's parameters change with the rows beside it."""
+    few = np.unique(np.linspace(0, root.n - 1, 4).astype(int))
+    sample = take_rows(root.rows.x, few)
+
+    def compare(theta: Any, x: Any) -> jax.Array:
+        together = jnp.concatenate([jnp.ravel(p) for p in own_parameters(call(root.model, theta, x))])
+        alone = jax.lax.map(
+            lambda row: own_parameters(call(root.model, theta, jax.tree.map(lambda a: a[None], row))), x
+        )
+        single = jnp.concatenate([jnp.ravel(p) for p in alone])
+        slack = 1e4 * jnp.finfo(together.dtype).eps * (1 + jnp.max(jnp.abs(single)))
+        return jnp.any(jnp.isfinite(single) & jnp.isfinite(together) & (jnp.abs(single - together) > slack))
+
+    return verdict(root.law, root.theta, Health(dependent=2.0 * run(compare, root.theta, sample)))
+
+
+# --- what R is made of: smooth outputs of the model, and a linear map from their tangents to rows ----------------
+
+
+def outputs(root: Root, flat: jax.Array) -> tuple[jax.Array, ...]:
+    """What theta moves: the family's parameters, or the log-probabilities [k, n, m] of the outcomes."""
+    if root.varying is None:
+        problem = root.problem()
+        return (problem.log_prob(flat, root.rows.x, _outcomes(problem)[0]),)
+    values = own_parameters(call(root.model, root.unravel(flat), root.rows.x))
+    return tuple(value for value, moves in zip(values, root.varying, strict=True) if moves)
+
+
+def _outcomes(problem: Problem) -> tuple[jax.Array, jax.Array]:
+    out = problem.outcomes(problem.flat, problem.rows)
+    return jax.lax.stop_gradient(out.y) if not jnp.issubdtype(out.y.dtype, jnp.integer) else out.y, out.weight
+
+
+def push(root: Root) -> Map:
+    """The linear map from tangents of `outputs` to the rows [n, r] of R, square roots of weights included."""
+    flat, n = root.flat, root.n
+    weight = jnp.sqrt(rows_weight(root.rows, flat.dtype) / root.total)[:, None]
+    if root.varying is None:
+        root_p = jnp.sqrt(_outcomes(root.problem())[1])  # [k, n, m]
+        return lambda tangents: jnp.moveaxis(root_p * tangents[0], 0, -1).reshape(n, -1) * weight
+    distribution, varying = call(root.model, root.theta, root.rows.x), root.varying
+
+    def rows(tangents: tuple[jax.Array, ...]) -> jax.Array:
+        left = iter(tangents)
+        return (
+            push_forward(distribution, tuple(next(left) if moves else None for moves in varying)).reshape(n, -1)
+            * weight
+        )
+
+    return rows
+
+
+def linearize(root: Root) -> Map:
+    """v [d] -> R v [n, r] with everything that does not depend on v computed already."""
+    flat = root.flat
+
+    def whole(v: jax.Array) -> jax.Array:
+        return push(root)(jax.jvp(lambda f: outputs(root, f), (flat,), (v,))[1])
+
+    return jax.linearize(whole, jnp.zeros_like(flat))[1]
+
+
+def transpose(linear: Map, d: jax.Array) -> Map:
+    """u [n, r] -> R^T u [d]; `d` is a vector of R's domain."""
+    return lambda u: jax.linear_transpose(linear, d)(u)[0]
+
+
+def dense_rows(root: Root) -> jax.Array:
+    """R as an array [n, r, d], each row by whichever of forward and reverse mode needs fewer passes."""
+
+    def row(rows: Rows) -> jax.Array:
+        linear = linearize(replace(root, rows=rows))
+        shape = jax.eval_shape(linear, root.flat)
+        if root.d <= shape.size:
+            return jnp.moveaxis(jax.vmap(linear)(jnp.eye(root.d, dtype=root.flat.dtype)), 0, -1)[0]
+        units = jnp.eye(shape.size, dtype=shape.dtype).reshape(-1, *shape.shape)
+        return jax.vmap(transpose(linear, root.flat))(units)
+
+    if root.rows.x is None:
+        return row(root.rows)[None]
+    return jax.vmap(row)(jax.tree.map(lambda a: jnp.asarray(a)[:, None], root.rows))
+
+
+def row_shape(root: Root) -> int:
+    """Number r of rows of R for one input."""
+    one = root if root.rows.x is None else replace(root, rows=jax.tree.map(lambda a: jnp.asarray(a)[:1], root.rows))
+    return int(jax.eval_shape(lambda r: linearize(r)(r.flat), one).size)
+
+
+# --- blocks of rows -----------------------------------------------------------------------------------------
+
+
+def residuals(root: Root) -> int:
+    """Scalars that a linearised R holds."""
+    kept = jax.eval_shape(lambda r: jax.tree.leaves(linearize(r)), root)
+    return sum(leaf.size for leaf in kept)
+
+
+def over_blocks(root: Root, function: Callable[[Root], Any], scalars: int) -> Any:
+    """Sum `function` over blocks of rows such that a block of them holds about `CAP` of the `scalars` that all need."""
+    n = root.n
+    count = min(n, -(-scalars // CAP))
+    if count <= 1:
+        return function(root)
+    length = -(-n // count)
+    starts = np.minimum(np.arange(0, n, length), n - length)
+    skip = np.arange(0, n, length) - starts  # the last block overlaps the one before: those rows weigh nothing
+
+    def block(at: jax.Array) -> Any:
+        start, overlap = at
+        rows = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(jnp.asarray(a), start, length), root.rows)
+        return function(replace(root, rows=rows._replace(weight=rows.weight * (np.arange(length) >= overlap))))
+
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(block, (0, 0)))
+    add = lambda total, at: (jax.tree.map(jnp.add, total, block(at)), None)
+    return jax.lax.scan(add, zero, (jnp.asarray(starts), jnp.asarray(skip)))[0]
