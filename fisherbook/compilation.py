@@ -43,9 +43,17 @@ def compile_once(function: Callable[..., Any], *args: Any) -> Callable[..., Any]
 
 
 def run(function: Callable[..., Any], *trees: Any) -> Any:
-    """`function(*trees)` as one compiled program; the answer must hold arrays only."""
+    """`function(*trees)` as one compiled program; the answer must hold arrays only.
+
+    Leaves that are no arrays (a function among them) are part of the program.
+    """
     leaves, tree = jax.tree.flatten(trees)
-    flat = lambda *leaves: function(*jax.tree.unflatten(tree, leaves))
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        return jax.jit(flat)(*leaves)
-    return compile_once(flat, *leaves)(*leaves)
+    arrays = [leaf for leaf in leaves if not callable(leaf)]
+
+    def flat(*arrays: Any) -> Any:
+        left = iter(arrays)
+        return function(*jax.tree.unflatten(tree, [leaf if callable(leaf) else next(left) for leaf in leaves]))
+
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in arrays):
+        return jax.jit(flat)(*arrays)
+    return compile_once(flat, *arrays)(*arrays)

@@ -167,7 +167,8 @@ def is_boolean(support: Any) -> bool:
 def _cannot(distribution: Any, reason: str) -> ValueError:
     return ValueError(
         f"law=Exact() cannot be exact for {type(distribution).__name__}: {reason}. "
-        "Pass law=MonteCarlo(key, draws) to sample it, or give its outcomes with from_log_prob(..., support=outcomes)"
+        "Pass law=MonteCarlo(key, draws) to sample it, give its outcomes with from_log_prob(..., support=outcomes), "
+        "or take an operator, such as dense_fisher, which knows closed forms"
     )
 
 

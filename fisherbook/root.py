@@ -80,7 +80,7 @@ def make_root(model: Model, theta: Any, x: Any = None, *, law: Law = Exact(), we
         check_domain(model, theta, x)
         rows = Rows(x, None, np.arange(n), weight)
         root = Root(model, theta, law, Plan("closed"), rows, varying, n)
-        return root if n == 1 else replace(root, theta=_independent(root))
+        return replace(root, theta=_checked(root))
     problem = prepare(model, theta, x, law, weights=weights)
     if isinstance(law, Exact):  # the sampled laws are checked where they are made
 
@@ -129,21 +129,42 @@ def _reached(jaxpr: Any, inputs: list[bool]) -> tuple[bool, ...]:
     return tuple(moves(atom) for atom in jaxpr.outvars)
 
 
-def _independent(root: Root) -> Any:
-    """theta, or an error where a row's parameters change with the rows beside it."""
+def _checked(root: Root) -> Any:
+    """theta, or an error where rows depend on each other, or a parameter is at the edge of its set and moves."""
     few = np.unique(np.linspace(0, root.n - 1, 4).astype(int))
-    sample = take_rows(root.rows.x, few)
+    sample = None if root.rows.x is None else take_rows(root.rows.x, few)
+    own = lambda theta, x: jnp.concatenate([jnp.ravel(p) for p in own_parameters(call(root.model, theta, x))])
 
     def compare(theta: Any, x: Any) -> jax.Array:
-        together = jnp.concatenate([jnp.ravel(p) for p in own_parameters(call(root.model, theta, x))])
-        alone = jax.lax.map(
-            lambda row: own_parameters(call(root.model, theta, jax.tree.map(lambda a: a[None], row))), x
+        together = own(theta, x)
+        single = jax.lax.map(lambda row: own(theta, jax.tree.map(lambda a: a[None], row)), x)
+        size = 1 + jnp.max(jnp.abs(single))
+        # rows by rows against parameter by parameter: sorted, they hold the same numbers
+        return jnp.max(jnp.abs(jnp.sort(together) - jnp.sort(single.ravel()))) / (
+            1e4 * jnp.finfo(size.dtype).eps * size
         )
-        single = jnp.concatenate([jnp.ravel(p) for p in alone])
-        slack = 1e4 * jnp.finfo(together.dtype).eps * (1 + jnp.max(jnp.abs(single)))
-        return jnp.any(jnp.isfinite(single) & jnp.isfinite(together) & (jnp.abs(single - together) > slack))
 
-    return verdict(root.law, root.theta, Health(dependent=2.0 * run(compare, root.theta, sample)))
+    dependent = run(compare, root.theta, sample) if root.n > 1 else 0.0
+    if is_traced(root):
+        return verdict(root.law, root.theta, Health(dependent=dependent))
+    at_edge = run(lambda r: _at_edge(r), root)
+    return verdict(root.law, root.theta, Health(dependent=dependent, edge=2.0 * at_edge))
+
+
+def _at_edge(root: Root) -> jax.Array:
+    """Whether a probability or a rate at the edge of its set leaves it when theta moves: no root exists there."""
+    family = find_family(call(root.model, root.theta, root.rows.x))
+    assert family is not None
+    names = family.parameters
+    outside = {"probs": lambda p: (p <= 0) | (p >= 1), "rate": lambda rate: rate <= 0}
+
+    def edges(theta: Any) -> jax.Array:
+        values = own_parameters(call(root.model, theta, root.rows.x))
+        found = [jnp.ravel(outside[name](v)) for name, v in zip(names, values, strict=True) if name in outside]
+        return jnp.concatenate(found) if found else jnp.zeros(1, bool)
+
+    moved = [jax.tree.map(lambda t, s=s: t + s * 1e-5 * (1 + jnp.abs(t)), root.theta) for s in (1.0, -1.0)]
+    return jnp.any(edges(root.theta) & ~(edges(moved[0]) & edges(moved[1])))
 
 
 # --- what R is made of: smooth outputs of the model, and a linear map from their tangents to rows ----------------

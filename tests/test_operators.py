@@ -216,3 +216,107 @@ def test_bad_arguments(built, structure):
         F.solve(np.ones(len(M)), {"W1": 1.0})
     with pytest.raises(ValueError, match="positive number"):
         -1.0 * F
+
+
+def test_closed_form_where_no_law_is_exact():
+    """A ten-dimensional normal: the definitions raise and point to the operators."""
+    model, theta = (lambda t: dist.MultivariateNormal(t, 2.0 * jnp.eye(10))), jnp.zeros(10)
+    with pytest.raises(ValueError, match="dense_fisher"):
+        fb.score_covariance(model, theta)
+    np.testing.assert_allclose(dense_fisher(model, theta).as_matrix(), jnp.eye(10) / 2, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("model", "theta"),
+    [
+        (lambda t: dist.Bernoulli(probs=t), 0.0),
+        (lambda t: dist.Bernoulli(probs=t), 1.0),
+        (lambda t: dist.Poisson(t**2), 0.0),
+        (lambda t: dist.Categorical(probs=jnp.array([t, 1 - t])), 0.0),
+    ],
+)
+def test_edge_of_the_parameter_set(model, theta):
+    with pytest.raises(ValueError, match="edge of its set"):
+        dense_fisher(model, theta)
+
+
+def test_structural_zero_is_no_edge():
+    F = dense_fisher(lambda t: dist.Categorical(probs=jnp.array([t, 1 - t, 0.0])), 0.2)
+    np.testing.assert_allclose(F.as_matrix(), [[1 / 0.2 + 1 / 0.8]])
+
+
+def test_rows_that_depend_on_each_other():
+    with pytest.raises(ValueError, match="depend on each other"):
+        dense_fisher(lambda t, x: dist.Normal((x - x.mean(0)) @ t, 1.0), jnp.ones(2), inputs(10))
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    """With a cap that forces blocks of 3 of 20 rows, the last one overlapping."""
+    model, theta, x = PROBLEMS["network, normal"]
+    whole = oracle(model, theta, x, fb.Exact())
+    law = fb.MonteCarlo(KEY, 2)
+    drawn = oracle(model, theta, x, law)
+    v = jnp.linspace(-1, 1, len(whole))
+    monkeypatch.setattr("fisherbook.root.CAP", 300)
+    monkeypatch.setattr("fisherbook.operators.implicit.CAP", 300)
+    monkeypatch.setattr("fisherbook.operators.low_rank.CAP", 300)
+    for each_law, F in ((fb.Exact(), whole), (law, drawn)):
+        np.testing.assert_allclose(dense_fisher(model, theta, x, law=each_law).as_matrix(), F, atol=1e-12)
+        np.testing.assert_allclose(diagonal_fisher(model, theta, x, law=each_law).diagonal(), np.diag(F), atol=1e-12)
+        np.testing.assert_allclose(implicit_fisher(model, theta, x, law=each_law) @ v, F @ v, atol=1e-12)
+    low = low_rank_fisher(model, theta, x, rank=17)
+    np.testing.assert_allclose(low.as_matrix(), whole, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_float32_and_new_weights_without_a_new_program(dtype):
+    model, theta, x = PROBLEMS["network, categorical (singular)"]
+    F = np.asarray(fb.score_covariance(model, theta, x))
+    cast = lambda tree: jax.tree.map(lambda a: a.astype(dtype), tree)
+    traces = []
+
+    @jax.jit
+    def product(theta, x, v):
+        traces.append(1)
+        return implicit_fisher(model, theta, x) @ v, dense_fisher(model, theta, x).as_matrix()
+
+    v = jnp.ones(len(F), dtype)
+    found, matrix = product(cast(theta), cast(x), v)
+    assert found.dtype == matrix.dtype == dtype
+    atol = 20 * jnp.finfo(dtype).eps * np.abs(F).max()
+    np.testing.assert_allclose(found, F @ np.ones(len(F)), atol=len(F) * atol)
+    np.testing.assert_allclose(matrix, F, atol=atol)
+    product(cast(jax.tree.map(lambda a: a + 1, theta)), cast(x), v)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("law", [fb.Exact(), fb.MonteCarlo(KEY, 3)], ids=["exact", "draws"])
+def test_matrix_can_be_differentiated(law):
+    """The derivative of F for a logistic regression, against that of the score covariance."""
+    x, model = jnp.linspace(-1.0, 1.0, 5)[:, None], lambda t, x: dist.Bernoulli(logits=x @ t)
+    found = jax.grad(lambda t: dense_fisher(model, t[None], x, law=law).as_matrix()[0, 0])(0.7)
+    expected = jax.grad(lambda t: fb.score_covariance(model, t[None], x, law=law)[0, 0])(0.7)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+def test_trace_estimate_has_an_error_bar():
+    model, theta, x = PROBLEMS["network, categorical (singular)"]
+    F = implicit_fisher(model, theta, x)
+    value, error = F.trace_estimate(jax.random.key(8), 200)
+    assert 0 < error < 0.2 * F.trace()
+    assert abs(value - F.trace()) < 4.5 * error
+
+
+def test_conjugate_gradients_that_do_not_converge():
+    model, theta, x = PROBLEMS["network, normal"]
+    F = implicit_fisher(model, theta, x, max_steps=2)
+    with pytest.raises(ValueError, match="did not converge"):
+        F.solve(jnp.ones(17), 1e-6)
+    exact = dense_fisher(model, theta, x)
+    helped = implicit_fisher(model, theta, x, max_steps=2, preconditioner=lambda v: exact.solve(v, 1e-3))
+    np.testing.assert_allclose(helped.solve(jnp.ones(17), 1e-3), exact.solve(jnp.ones(17), 1e-3), rtol=1e-5)
+
+
+def test_rank_below_one():
+    with pytest.raises(ValueError, match="rank must be at least 1"):
+        low_rank_fisher(*PROBLEMS["network, normal"], rank=0)
