@@ -181,7 +181,7 @@ def _sqrt_rest(p: jax.Array) -> jax.Array:
 
 def _sqrt_expit(l: jax.Array) -> jax.Array:
     """sqrt(p), p = 1 / (1 + e^-l), on either side of 0 in the form that does not overflow."""
-    half = jnp.exp(jnp.where(l < 0, l, -l) / 2)  # unlike -|l|, smooth at 0 on the branch taken
+    half = jnp.exp(jnp.where(l < 0, l, -l) / 2)  # at 0 either is right, with all derivatives
     return jnp.where(l < 0, half, 1) / jnp.sqrt(1 + half**2)
 
 

@@ -504,6 +504,18 @@ def test_confident_classes(build, factor, dtype):
     assert not there or exact_error(S, F) < (8 + span) * np.finfo(dtype).eps
 
 
+@FLOATS
+@pytest.mark.parametrize("top", [[0.0, -0.3], [0.1, 0.7, 0.2]])
+def test_confident_about_a_group_of_classes(top, dtype):
+    """A shift of all the likely classes at once: P (1 - P), P their total, where 1 - P is far below eps."""
+    logits = np.array([*top, -40.0, -60.0], dtype)
+    shift = np.array([*[1] * len(top), 0, 0], dtype)
+    e = [decimal(l).exp() for l in logits]
+    rest = sum(e[len(top) :]) / sum(e)
+    (found,) = np.diag(exact_product(push_forward(dist.Categorical(logits=jnp.asarray(logits)), (shift,))[:, None]))
+    assert abs(float(found / (rest * (1 - rest)) - 1)) < (8 + 61) * np.finfo(dtype).eps  # as in the test above
+
+
 def test_masked_and_tied_classes():
     d = dist.Categorical(logits=jnp.array([0.3, -jnp.inf, 0.3]), validate_args=False)
     S = jax.vmap(lambda t: push_forward(d, (t,)), out_axes=-1)(jnp.eye(3))
