@@ -147,7 +147,7 @@ def fisher_scoring(
         parameter  estimate  std. error       z
         theta[0]    -0.2388      0.7895  -0.302
         theta[1]     0.6185      0.3288    1.88
-        Converged: 5 steps, the next is 3e-16 standard errors. Log-likelihood -5.35951, n = 4.
+        Converged: 5 steps, the next is below 1e-08 standard errors. Log-likelihood -5.35951, n = 4.
 
     Derived in the chapter "Maximum likelihood by Fisher scoring". Source: Fisher (1925); Rao (1948); Amari (1998);
     McCullagh and Nelder (1989), section 2.5.
@@ -160,9 +160,8 @@ def fisher_scoring(
         tolerance = 1e-18 if flat.dtype == jnp.float64 else 1e-10
     flat, history, why = _climb(likelihood, flat, damping, tolerance, max_steps)
     last, converged = history[-1], why is None
-    ahead = float(np.sqrt(likelihood.n * last.decrement))
     steps = len(history) - 1
-    message = f"{steps} steps, the next is {ahead:.1g} standard errors" if why is None else why
+    message = f"{steps} steps, the next is {_length(likelihood.n * last.decrement)}" if why is None else why
     if not converged:
         warnings.warn(f"fisher_scoring did not converge in {steps} steps: {message}", stacklevel=2)
     theta = unravel(flat)
@@ -226,8 +225,7 @@ def _climb(
         if decrement <= tolerance and not fading and (before or max_steps == 0):
             return flat, history, None
         if len(history) > max_steps:
-            ahead = np.sqrt(likelihood.n * decrement)
-            return flat, history, f"max_steps reached, and the next step is {ahead:.1g} standard errors"
+            return flat, history, f"max_steps reached, and the next step is {_length(likelihood.n * decrement)}"
         length, there = _search(likelihood, flat, here, step, decrement, solve)
         if length == 0:
             rounding = decrement <= _slack(here, flat.dtype) and not fading
@@ -235,6 +233,10 @@ def _climb(
         history[-1] = history[-1]._replace(length=length)
         before, here, step = (flat, F), there, length * step
         flat = flat + jnp.asarray(step, flat.dtype)
+
+
+def _length(square: float) -> str:
+    return f"{square**0.5:.1g} standard errors" if square > 1e-16 else "below 1e-08 standard errors"
 
 
 def _infinity(direction: np.ndarray, names: list[str]) -> str:
