@@ -19,5 +19,7 @@ from .model import parameter_names as parameter_names
 from .score import expected_hessian as expected_hessian
 from .score import score as score
 from .score import score_covariance as score_covariance
+from .scoring import fisher_scoring as fisher_scoring
+from .separation import separating_direction as separating_direction
 
 __version__ = "0.1.0"
