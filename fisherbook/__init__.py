@@ -16,6 +16,9 @@ from .law import Data as Data
 from .law import Exact as Exact
 from .law import MonteCarlo as MonteCarlo
 from .model import parameter_names as parameter_names
+from .natural_gradient import LevenbergMarquardt as LevenbergMarquardt
+from .natural_gradient import NaturalGradientState as NaturalGradientState
+from .natural_gradient import natural_gradient as natural_gradient
 from .score import expected_hessian as expected_hessian
 from .score import score as score
 from .score import score_covariance as score_covariance

@@ -147,24 +147,29 @@ def _checked(root: Root) -> Any:
     dependent = run(compare, root.theta, sample) if root.n > 1 else 0.0
     if is_traced(root):
         return verdict(root.law, root.theta, Health(dependent=dependent))
-    at_edge = run(lambda r: _at_edge(r), root)
-    return verdict(root.law, root.theta, Health(dependent=dependent, edge=2.0 * at_edge))
+    at_edge, leaves = run(_at_edge, root)
+    return verdict(root.law, root.theta, Health(dependent=dependent, edge=2.0 * at_edge, score=2.0 * leaves))
 
 
-def _at_edge(root: Root) -> jax.Array:
-    """Whether a probability or a rate at the edge of its set leaves it when theta moves: no root exists there."""
+def _at_edge(root: Root) -> tuple[jax.Array, jax.Array]:
+    """Whether, when theta moves, a probability or rate at the edge of its set leaves it, or probabilities their sum."""
     family = find_family(call(root.model, root.theta, root.rows.x))
     assert family is not None
     names = family.parameters
+    axes = len(Conditional.of(root.model, root.theta, root.rows.x, split=True).distribution.batch_shape)
     outside = {"probs": lambda p: (p <= 0) | (p >= 1), "rate": lambda rate: rate <= 0}
 
-    def edges(theta: Any) -> jax.Array:
+    def look(theta: Any) -> tuple[jax.Array, jax.Array]:
         values = own_parameters(call(root.model, theta, root.rows.x))
         found = [jnp.ravel(outside[name](v)) for name, v in zip(names, values, strict=True) if name in outside]
-        return jnp.concatenate(found) if found else jnp.zeros(1, bool)
+        classes = [v for name, v in zip(names, values, strict=True) if name == "probs" and v.ndim > axes]
+        total = [jnp.max(jnp.abs(jnp.sum(p, -1) - 1)) for p in classes]
+        return jnp.concatenate(found) if found else jnp.zeros(1, bool), jnp.stack(total) if total else jnp.zeros(1)
 
     moved = [jax.tree.map(lambda t, s=s: t + s * 1e-5 * (1 + jnp.abs(t)), root.theta) for s in (1.0, -1.0)]
-    return jnp.any(edges(root.theta) & ~(edges(moved[0]) & edges(moved[1])))
+    (here, _), (up, total), (down, other) = look(root.theta), look(moved[0]), look(moved[1])
+    off = jnp.max(jnp.maximum(total, other)) > jnp.sqrt(jnp.finfo(root.flat.dtype).eps)
+    return jnp.any(here & ~(up & down)), off
 
 
 # --- what R is made of: smooth outputs of the model, and a linear map from their tangents to rows ----------------

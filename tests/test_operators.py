@@ -240,6 +240,11 @@ def test_edge_of_the_parameter_set(model, theta):
         dense_fisher(model, theta)
 
 
+def test_probabilities_that_do_not_stay_on_the_simplex():
+    with pytest.raises(ValueError, match="normalised at this theta only"):
+        dense_fisher(lambda t: dist.Categorical(probs=jnp.array([t, 0.7])), 0.3)
+
+
 def test_structural_zero_is_no_edge():
     F = dense_fisher(lambda t: dist.Categorical(probs=jnp.array([t, 1 - t, 0.0])), 0.2)
     np.testing.assert_allclose(F.as_matrix(), [[1 / 0.2 + 1 / 0.8]])
