@@ -46,6 +46,8 @@ class Problem(NamedTuple):
     plan: Plan
     rows: Rows
     n: int
+    follow: bool = False  # whether theta is traced by the caller, and so may be differentiated
+    others: tuple[Any, ...] = ()  # the parameters that theta is compared with
 
     def log_prob(self, flat: jax.Array, x: Any, y: jax.Array) -> jax.Array:
         """log p [k, n, m] of outcomes [k, n, ...]; differentiable in `flat`."""
@@ -54,8 +56,7 @@ class Problem(NamedTuple):
     def outcomes(self, flat: jax.Array, rows: Rows, others: tuple[Any, ...] = (), prune: bool = True) -> Outcomes:
         thetas = (self.unravel(flat), *others)
         block = (rows.x, rows.y, rows.index)
-        # only what is traced can be differentiated
-        return make_outcomes(self.model, thetas, block, self.law, self.plan, prune, follow=is_traced(self.flat))
+        return make_outcomes(self.model, thetas, block, self.law, self.plan, prune, self.follow)
 
 
 def prepare(model: Model, theta: Any, x: Any, law: Law, others: tuple[Any, ...] = (), weights: Any = None) -> Problem:
@@ -70,7 +71,7 @@ def prepare(model: Model, theta: Any, x: Any, law: Law, others: tuple[Any, ...] 
     check_domain(model, theta, x)
     plan = make_plan(model, (theta, *others), x, law)
     weight = np.ones(n) if weights is None else weights
-    return Problem(model, flat, unravel, law, plan, Rows(x, y, np.arange(n), weight), n)
+    return Problem(model, flat, unravel, law, plan, Rows(x, y, np.arange(n), weight), n, is_traced(flat), others)
 
 
 def check_domain(model: Model, theta: Any, x: Any) -> None:
@@ -165,16 +166,17 @@ def over_rows(
     Every block has the same length: the last one overlaps its predecessor, with weight zero where it does.
     """
     n, rows = problem.n, problem.rows
-    traced = is_traced(problem.flat, rows, problem.law)
+    traced = is_traced(problem.flat, rows, problem.law, problem.others)
 
-    def compiled(flat: jax.Array, data: Rows) -> tuple[Any, Health]:
-        return kernel(problem, flat, data)
+    def compiled(flat: jax.Array, data: Rows, others: tuple[Any, ...]) -> tuple[Any, Health]:
+        # theta as an argument everywhere: as a constant it would make each theta a program of its own
+        return kernel(problem._replace(flat=flat, others=others), flat, data)
 
     blocks = -(-n * per_row // BLOCK)
     if blocks <= 1 or n == 1:
         # traced: one program under an eager vmap too, which would run every operation by itself
-        compiled = jax.jit(compiled) if traced else compile_once(compiled, problem.flat, rows)
-        total, health = compiled(problem.flat, rows)
+        compiled = jax.jit(compiled) if traced else compile_once(compiled, problem.flat, rows, problem.others)
+        total, health = compiled(problem.flat, rows, problem.others)
         return total, depend(problem, health)
     length = -(-n // min(blocks, n))
     starts = np.minimum(np.arange(0, n, length), n - length)
@@ -200,8 +202,8 @@ def over_rows(
         for start, skip in zip(starts, overlap, strict=True):
             part_rows = block(rows, start, skip, lambda a, s: a[s : s + length])
             if result is None:
-                compiled = compile_once(compiled, problem.flat, part_rows)
-            part = compiled(problem.flat, part_rows)
+                compiled = compile_once(compiled, problem.flat, part_rows, problem.others)
+            part = compiled(problem.flat, part_rows, problem.others)
             result = part if result is None else _add(result, part)
         assert result is not None
         total, health = result

@@ -129,6 +129,7 @@ def hellinger_distance(
     problem = prepare(model, theta, x, law, (second,))
 
     def kernel(problem: Problem, flat: jax.Array, rows: Rows) -> tuple[jax.Array, Health]:
+        (second,) = problem.others
         out = problem.outcomes(flat, rows, (second,), prune=False)
         p = Conditional.of(model, problem.unravel(flat), rows.x, split=problem.plan.exact)
         q = Conditional.of(model, second, rows.x, split=problem.plan.exact)

@@ -53,6 +53,7 @@ def kl_divergence(
     problem = prepare(model, theta, x, law, (second,))
 
     def kernel(problem: Problem, flat: jax.Array, rows: Rows) -> tuple[jax.Array, Health]:
+        (second,) = problem.others
         out = problem.outcomes(flat, rows, (second,))
         w = jnp.where(out.log_r > -jnp.inf, out.weight, 0)
         q = Conditional.of(model, second, rows.x, split=problem.plan.exact)

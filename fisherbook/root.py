@@ -66,7 +66,8 @@ class Root:
         return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(self.theta))
 
     def problem(self) -> Problem:
-        return Problem(self.model, self.flat, self.unravel, self.law, self.plan, self.rows, self.n)
+        flat = self.flat
+        return Problem(self.model, flat, self.unravel, self.law, self.plan, self.rows, self.n, is_traced(flat))
 
 
 def make_root(model: Model, theta: Any, x: Any = None, *, law: Law = Exact(), weights: Any = None) -> Root:
