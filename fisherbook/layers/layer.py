@@ -88,7 +88,7 @@ def attach_biases(program: Program, sites: list[Site]) -> tuple[list[Site], dict
                 continue
             product, ids = origin[value]
             ids = MOVES[step.name](ids, step.params) if step.name in MOVES else ids
-            shift = at.get((k, 1 - j)) if len(step.inputs) == 2 else None
+            shift = at.get((k, 1 - j)) if step.name in ("add", "add_any") else None
             if ids.shape != program.shape(out):
                 continue
             bias = None if shift is None or product in biases else _bias(product, ids, shift)

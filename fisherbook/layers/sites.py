@@ -76,7 +76,7 @@ def _differentiable(program: Program, step: Step) -> bool:
 
 def _use(program: Program, k: int, operand: int, held: int) -> Site | str:
     step = program.steps[k]
-    if held > 1 and step.name not in SELECTIONS:
+    if held > 1 and step.name in RULES and step.name not in SELECTIONS:
         return f"meets another parameter in {step.name}"
     if step.name in RULES:
         return RULES[step.name](program, k, operand, program.entries[step.inputs[operand]])
@@ -169,41 +169,45 @@ def patches(a: jax.Array, window: Sequence[int], size: Sequence[int], params: An
 
 
 def _look_up(program: Program, k: int, operand: int, entries: Entries) -> Site | str:
+    """Whole rows at indices that vary; indices along other axes do not matter where all of the axis is taken."""
     step, positions = program.steps[k], entries.positions
     numbers, sizes = step.params["dimension_numbers"], step.params["slice_sizes"]
-    axis = numbers.collapsed_slice_dims
-    whole = all(size == (1 if (i,) == axis else positions.shape[i]) for i, size in enumerate(sizes))
-    if operand != 0 or len(axis) != 1 or numbers.start_index_map != axis or numbers.operand_batching_dims or not whole:
+    collapsed, drop = numbers.collapsed_slice_dims, step.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
+    axis = _row_axis(positions.shape, sizes, collapsed)
+    several = numbers.operand_batching_dims or (drop and len(numbers.start_index_map) > 1)
+    if operand != 0 or axis is None or axis not in numbers.start_index_map or several:
         return "is picked by indices that vary along several axes"
-    W = np.moveaxis(positions, axis[0], 0)
-    rows, rest = W.shape[0], W.shape[1:]
-    index_shape = program.shape(step.inputs[1])[:-1]
-    drop = step.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
+    W = np.moveaxis(positions, axis, 0)
+    rows, rest = len(W), [size for i, size in enumerate(sizes) if i not in collapsed]
+    batch, column = program.shape(step.inputs[1])[:-1], numbers.start_index_map.index(axis)
+    offset = numbers.offset_dims
+    order = [*(i for i in range(len(batch) + len(rest)) if i not in offset), *offset]  # rows, then what a row holds
 
     def activation(values: Sequence[Any]) -> jax.Array:
-        i = values[1][..., 0].reshape(1, prod(index_shape))
+        i = values[1][..., column].reshape(1, prod(batch))
         return jnp.where((i < 0) | (i >= rows), rows, i) if drop else jnp.clip(i, 0, rows - 1)
 
     def arrange(z: Any) -> Any:
-        first = len(index_shape)
-        left = [i for i in range(first + len(rest)) if i not in numbers.offset_dims]
-        return z.reshape(*index_shape, *rest).transpose(
-            [int(i) for i in np.argsort([*left, *numbers.offset_dims])]  # rows first, then what each row holds
-        )
+        return z.reshape(*batch, *rest).transpose([int(i) for i in np.argsort(order)])
 
-    return Site("embedding", k, 0, W.reshape(1, rows, -1), entries.factor, prod(index_shape), activation, arrange)
+    return Site("embedding", k, 0, W.reshape(1, rows, -1), entries.factor, prod(batch), activation, arrange)
+
+
+def _row_axis(shape: Sequence[int], sizes: Sequence[int], collapsed: Sequence[int] = ()) -> int | None:
+    """The axis of which one entry is taken, and all of every other."""
+    axes = [i for i, size in enumerate(sizes) if size != shape[i]] or list(collapsed)
+    return axes[0] if len(axes) == 1 and sizes[axes[0]] == 1 else None
 
 
 def _row(program: Program, k: int, operand: int, entries: Entries) -> Site | str:
     """One row at an index that varies: a look-up of one position."""
     step, positions = program.steps[k], entries.positions
-    sizes = step.params["slice_sizes"]
-    axes = [i for i, size in enumerate(sizes) if size != positions.shape[i]]
-    if operand != 0 or len(axes) != 1 or sizes[axes[0]] != 1:
+    axis = _row_axis(positions.shape, step.params["slice_sizes"])
+    if operand != 0 or axis is None:
         return "is picked by indices that vary along several axes"
-    W = np.moveaxis(positions, axes[0], 0)
-    rows, shape = W.shape[0], program.shape(step.outputs[0])
-    activation = lambda values: jnp.clip(values[1 + axes[0]], 0, rows - 1).reshape(1, 1)
+    W = np.moveaxis(positions, axis, 0)
+    rows, shape = len(W), program.shape(step.outputs[0])
+    activation = lambda values: jnp.clip(values[1 + axis], 0, rows - 1).reshape(1, 1)
     return Site("embedding", k, 0, W.reshape(1, rows, -1), entries.factor, 1, activation, lambda z: z.reshape(shape))
 
 

@@ -261,14 +261,12 @@ def _shifted_or_scaled(
 ) -> list[Entries] | None:
     """Add what does not depend on theta or the row, or multiply by one constant number."""
     other = step.inputs[1 - operand]
-    if other in reader.varying:
+    if other in reader.varying or step.name not in ("add", "add_any", "sub", "mul", "div"):
         return None
     index = np.broadcast_to(index, reader.types[step.outputs[0]].shape)
     if step.name in ("add", "add_any", "sub"):
         return [Entries(index, -factor if step.name == "sub" and operand == 1 else factor)]
-    if step.name not in ("mul", "div") or (step.name == "div" and operand == 1):
-        return None
-    number = reader.factor(other)
+    number = None if step.name == "div" and operand == 1 else reader.factor(other)
     if number is None or number == 0 or not np.isfinite(number):
         return None
     return [Entries(index, factor * number if step.name == "mul" else factor / number)]
