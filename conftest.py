@@ -1,6 +1,8 @@
 """Every test and docstring example runs in float64, on the CPU, without a window."""
 
+import gc
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The kernels of the notebooks inherit the environment, and draw nothing if it names a backend.
@@ -12,6 +14,23 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)
 matplotlib.use("agg")
+
+# Linux gives a process 65530 memory maps (vm.max_map_count), and each compiled program holds a few of them; XLA
+# crashes in the compiler when there are no more. Many tests compile thousands of programs.
+MAPS = Path("/proc/self/maps")
+MANY_MAPS = 20_000
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        from fisherbook.compilation import SEEN
+
+        SEEN.clear()
+        jax.clear_caches()
+        gc.collect()
+
 
 # A notebook's cells share a kernel and go in order; the tests of these files share one slow build.
 TOGETHER = (".ipynb", "test_browser.py", "test_build.py", "test_packaging.py")

@@ -5,7 +5,7 @@ is one step on the way: the program (`tracing`), the places where parameters ent
 and shared weights (`layer`), what was found (`report`).
 """
 
-from .layer import Layer, jacobian_of
+from .layer import Layer, jacobian_of, leaf_names
 from .report import Layers, Missing, find_layers, leaf_sizes, linear_layers
 
-__all__ = ["Layer", "Layers", "Missing", "find_layers", "jacobian_of", "leaf_sizes", "linear_layers"]
+__all__ = ["Layer", "Layers", "Missing", "find_layers", "jacobian_of", "leaf_names", "leaf_sizes", "linear_layers"]

@@ -131,13 +131,17 @@ def group_sites(sites: Sequence[Site], biases: dict[int, np.ndarray], leaves: Le
 
 def leaf_names(positions: np.ndarray, leaves: Leaves) -> str:
     """Names of the leaves that hold the positions; of a leaf that holds others too, the range of its entries."""
-    starts = np.cumsum([0] + [size for _, size in leaves])
-    names = []
-    for (name, size), start in zip(leaves, starts, strict=False):
-        own = np.unique(positions[(positions >= start) & (positions < start + size)]) - start
-        if own.size == size:
-            names.append(name)
-        elif own.size:
-            dense = own[-1] - own[0] + 1 == own.size
-            names.append(f"{name}[{own[0]}:{own[-1] + 1}]" if dense else f"{own.size} of {size} in {name}")
+    held = np.zeros(sum(size for _, size in leaves), bool)
+    held[positions] = True
+    names, start = [], 0
+    for name, size in leaves:
+        own = held[start : start + size]
+        count, first = int(own.sum()), int(own.argmax()) if size else 0
+        if count == size:
+            names += [name] if size else []
+        elif count:
+            names.append(
+                f"{name}[{first}:{first + count}]" if own[first:][:count].all() else f"{count} of {size} in {name}"
+            )
+        start += size
     return ", ".join(names)

@@ -215,9 +215,7 @@ def find_layers(function: Callable[[jax.Array, Any], Any], flat: jax.Array, row:
     sites, lost = find_sites(program)
     sites, biases = attach_biases(program, sites)
     found = group_sites(sites, biases, leaves)
-    count = np.zeros(flat.size, int)
-    for layer in found:
-        np.add.at(count, layer.entries, 1)
+    count = np.bincount(np.concatenate([np.empty(0, int), *(layer.entries for layer in found)]), minlength=flat.size)
     found = [replace(layer, tied=bool((count[layer.entries] > 1).any())) for layer in found]
     missing = _missing(program, lost, leaves)
     gone = np.zeros(flat.size, bool)

@@ -57,7 +57,7 @@ def find_sites(program: Program) -> tuple[list[Site], list[Lost]]:
     sites: list[Site] = []
     lost: list[Lost] = []
     for k, step in enumerate(program.steps):
-        held = [j for j, value in enumerate(step.inputs) if value in program.entries]
+        held = [j for j, value in enumerate(step.inputs) if value in program.entries and 0 not in program.shape(value)]
         for j in held if _differentiable(program, step) else []:
             found = _use(program, k, j, len(held))
             sites += [found] if isinstance(found, Site) else []

@@ -55,7 +55,7 @@ class Program:
         return tuple(self.types[value].shape)
 
     def is_float(self, value: int) -> bool:
-        return bool(jnp.issubdtype(self.types[value].dtype, jnp.inexact))
+        return bool(jnp.issubdtype(getattr(self.types[value], "dtype", bool), jnp.inexact))
 
 
 def trace(function: Callable[..., Any], flat: Any, row: Any) -> Program:
@@ -138,10 +138,12 @@ class _Reader:
 
     def known(self, value: int, depth: int = 16) -> np.ndarray | None:
         """The number behind a small constant, or None."""
+        step = self.made_by.get(value)
+        if jnp.issubdtype(self.types[value].dtype, jax.dtypes.extended):
+            return None  # a random key
         if value in self.constants:
             held = self.constants[value]
             return None if isinstance(held, jax.core.Tracer) or np.size(held) > SMALL else np.asarray(held)
-        step = self.made_by.get(value)
         if value in self.varying or step is None or depth == 0 or step.effects or self.types[value].size > SMALL:
             return None
         inputs = [self.known(i, depth - 1) for i in step.inputs]

@@ -12,6 +12,7 @@ from ..law import Data, Exact, Law
 from ..model import Model
 from ..root import Root, dense_rows, make_root, over_blocks, row_shape
 from ..score import weighted_score_covariance
+from . import layered
 from .base import Fisher
 from .factor import cholesky
 
@@ -61,6 +62,10 @@ class DenseFisher(Fisher):
 def dense_fisher(model: Model, theta: Any, x: Any = None, *, law: Law = Exact()) -> DenseFisher:
     r"""Form the Fisher information as a matrix, :math:`F = R^\top R`, per observation.
 
+    Where the model has linear layers (`linear_layers`) the block of two of them is computed from activations a and
+    backward signals g as :math:`\sum_n (a_n^\top a'_n) \otimes (g_n^\top g'_n)`, which costs the same for any number of
+    outcomes.
+
     Args:
         model: `model(theta)` or `model(theta, x)`, a distribution.
         theta: parameter pytree with d scalars, interior to its domain; units u.
@@ -92,7 +97,10 @@ def dense_fisher(model: Model, theta: Any, x: Any = None, *, law: Law = Exact())
 
 
 def gram_of_columns(root: Root) -> jax.Array:
-    """R^T R, a block of inputs at a time."""
+    """R^T R, a block of inputs at a time; through the layers where that is less work."""
+    layers = layered.layers_of(root)
+    if layers is not None and layered.pays(root, layers):
+        return layered.matrix(root, layers)
 
     def block(part: Root) -> jax.Array:
         R = dense_rows(part).reshape(-1, part.d)

@@ -11,6 +11,7 @@ from ..compilation import run
 from ..law import Exact, Law
 from ..model import Model, is_traced, require
 from ..root import Root, dense_rows, make_root, over_blocks, row_shape
+from . import layered
 from .base import Fisher
 from .dense import law_name
 
@@ -63,6 +64,9 @@ class DiagonalFisher(Fisher):
 def diagonal_fisher(model: Model, theta: Any, x: Any = None, *, law: Law = Exact()) -> DiagonalFisher:
     r"""Compute the diagonal of the Fisher information exactly, :math:`F_{ii} = \sum_k R_{ki}^2`, per observation.
 
+    In a linear layer the square of a row of R is the product of squared activations and squared signals, so it costs
+    as much as one gradient for each outcome.
+
     Args:
         model: `model(theta)` or `model(theta, x)`, a distribution.
         theta: parameter pytree with d scalars, interior to its domain; units u.
@@ -89,6 +93,17 @@ def diagonal_fisher(model: Model, theta: Any, x: Any = None, *, law: Law = Exact
 
 
 def squared_columns(root: Root) -> jax.Array:
-    """Sums of squares of R's columns, a block of inputs at a time."""
+    """Sums of squares of R's columns, a block of inputs at a time; through the layers where there are any."""
+    layers = layered.layers_of(root)
+    if layers is not None and not layered.shared(layers):
+        return layered.diagonal(root, layers)
     scalars = root.n * row_shape(root) * root.d
     return over_blocks(root, lambda part: jnp.sum(dense_rows(part) ** 2, (0, 1)), scalars)
+
+
+def squared_norm(root: Root) -> jax.Array:
+    """The sum of squares of R, which is the trace of F."""
+    layers = layered.layers_of(root)
+    if layers is not None and not layered.shared(layers):
+        return layered.trace(root, layers)
+    return jnp.sum(squared_columns(root))

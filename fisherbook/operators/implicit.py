@@ -15,7 +15,7 @@ from ..model import Model, is_traced, require
 from ..root import CAP, Root, dense_rows, linearize, make_root, over_blocks, residuals, row_shape, transpose
 from .base import Fisher
 from .dense import law_name
-from .diagonal import squared_columns
+from .diagonal import squared_columns, squared_norm
 from .factor import cholesky
 from .woodbury import Thin
 
@@ -57,6 +57,10 @@ class ImplicitFisher(Fisher):
 
     def _diagonal(self) -> jax.Array:
         return squared_columns(self.root)
+
+    def trace(self) -> jax.Array:
+        """The trace, a scalar, exactly."""
+        return run(lambda F: F.scale * squared_norm(F.root), self)
 
     @property
     def rows(self) -> int:

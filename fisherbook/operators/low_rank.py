@@ -14,7 +14,7 @@ from ..model import Model
 from ..root import CAP, Root, dense_rows, linearize, make_root, over_blocks, residuals, row_shape, transpose
 from .base import Fisher
 from .dense import law_name
-from .diagonal import squared_columns
+from .diagonal import squared_norm
 from .factor import cholesky
 from .woodbury import Thin
 
@@ -152,5 +152,5 @@ def _randomised(root: Root, k: int, size: int) -> tuple[jax.Array, jax.Array, ja
         Q = jnp.linalg.qr(product(jnp.linalg.qr(Q)[0]))[0]
     small = Q.T @ product(Q)
     values, vectors = jnp.linalg.eigh((small + small.T) / 2)
-    trace = jnp.sum(squared_columns(root))
+    trace = squared_norm(root)
     return jnp.maximum(values[::-1][:k], 0), (Q @ vectors[:, ::-1])[:, :k], trace

@@ -1,0 +1,244 @@
+"""The Fisher information as one Kronecker product for each linear layer (K-FAC)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..compilation import run
+from ..expectation import rows_weight
+from ..law import Exact, Law
+from ..layers import Layer, leaf_names
+from ..model import Model, is_traced, require
+from ..root import Root, dense_rows, make_root, over_blocks, row_shape
+from . import layered
+from .base import Fisher
+from .blocks import Block, Factor, make_block
+from .dense import law_name
+from .plan import Plan, make_plan
+
+
+class KroneckerFisher(Fisher):
+    """F without the blocks between layers, and each layer's block as a Kronecker product.
+
+    All methods are exact for that matrix: solves, determinants and draws go through its eigenbasis. A damping per leaf
+    must be one number for all the leaves of a layer, or it would not separate.
+    """
+
+    blocks: tuple[Block, ...]
+
+    def _each(self, V: jax.Array, function: Any) -> jax.Array:
+        """Apply `function(block, rows of V)` to every block and put the answers where they belong."""
+        out = [function(block, V[block.index.at]) for block in self.blocks]
+        return layered.scatter(jnp.concatenate(out), np.concatenate([b.index.at for b in self.blocks]), self.d)
+
+    def _multiply(self, V: jax.Array) -> jax.Array:
+        return self._each(V, lambda block, v: block.back(block.values[..., None] * block.into(v)))
+
+    def _diagonal(self) -> jax.Array:
+        return self._each(jnp.zeros((self.d, 1), self.dtype), lambda block, _: block.diagonal()[:, None])[:, 0]
+
+    def _traces(self) -> list[jax.Array]:
+        return [jnp.sum(block.values) for block in self.blocks]
+
+    def trace(self) -> jax.Array:
+        """The trace, a scalar."""
+        return self.scale * sum(self._traces())
+
+    def _damped(self, damping: jax.Array) -> list[jax.Array]:
+        """Eigenvalues of F + damping, [i, o] for each block."""
+        if damping.ndim:
+            levels = [damping[block.index.at] for block in self.blocks]
+            spread = jnp.stack([jnp.max(level) - jnp.min(level) for level in levels])
+            level = require(jnp.all(spread == 0), damping, lambda: self._mixed(spread))
+        found, worst = [], []
+        for block in self.blocks:
+            total = block.values + (level[block.index.at[0]] if damping.ndim else damping)
+            found.append(total)
+            worst.append(jnp.min(total) / jnp.maximum(jnp.max(total), jnp.finfo(total.dtype).tiny))
+        ratio = jnp.stack(worst)
+        floor = 8 * max(max(b.shape) for b in self.blocks) * jnp.finfo(ratio.dtype).eps
+        return require(jnp.all(ratio > floor), found, lambda: self._singular(ratio, floor))
+
+    def _mixed(self, spread: Any) -> str:
+        names = "" if is_traced(spread) else " of " + self.blocks[int(jnp.argmax(spread))].name
+        return (
+            f"damping must be the same for all the leaves{names}, which are one layer: otherwise it does not separate"
+        )
+
+    def _singular(self, ratio: Any, floor: float) -> str:
+        if is_traced(ratio):
+            return "F + damping is singular to working precision: pass damping > 0"
+        names = "; ".join([b.name for b, r in zip(self.blocks, ratio, strict=True) if not r > floor][:3])
+        return f"F + damping is singular to working precision in {names}: pass damping > 0"
+
+    def _solve(self, V: jax.Array, damping: jax.Array) -> jax.Array:
+        total = iter(self._damped(damping))
+        return self._each(V, lambda block, v: block.back(block.into(v) / next(total)[..., None]))
+
+    def _logdet(self, damping: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.stack([jnp.sum(jnp.log(total)) for total in self._damped(damping)]))
+
+    def _inverse_root(self, white: jax.Array, damping: jax.Array) -> jax.Array:
+        total = iter(self._damped(damping))
+        return self._each(
+            white,
+            lambda block, z: block.back(z.reshape(*block.shape, -1) / jnp.sqrt(next(total))[..., None]),
+        )
+
+    def average(self, newer: Fisher, weight: Any) -> Fisher:
+        if not isinstance(newer, KroneckerFisher):
+            return super().average(newer, weight)
+        blocks = []
+        for old, new in zip(self.blocks, newer.blocks, strict=True):
+            if old.corrected:
+                raise ValueError("a corrected KroneckerFisher cannot be averaged: the eigenbases differ")
+            mean = lambda old, new: (1 - weight) * old + weight * new
+            a = Factor.of(mean(old.a.matrix, new.a.matrix))
+            g = Factor.of(mean(self.scale * old.g.matrix, newer.scale * new.g.matrix))
+            blocks.append(Block(a, g, jnp.outer(a.values, g.values), False, new.name, new.index))
+        return KroneckerFisher(newer.theta, jnp.ones((), self.dtype), self.law, tuple(blocks))
+
+    def _numbers(self) -> list[tuple[str, str]]:
+        sizes = ", ".join(
+            f"{b.name}: " + (f"{b.shape[0]} x {b.shape[1]}" if b.shape[0] > 1 else f"{b.shape[1]}") for b in self.blocks
+        )
+        return [*super()._numbers(), ("blocks", sizes)]
+
+
+def kronecker_fisher(
+    model: Model,
+    theta: Any,
+    x: Any = None,
+    *,
+    law: Law = Exact(),  # noqa: B008
+    corrected: bool = False,
+) -> KroneckerFisher:
+    r"""Approximate the Fisher information by a Kronecker product for each layer, :math:`F_l \approx A_l \otimes G_l`.
+
+    :math:`A = E[a^\top a]` is the second moment of a layer's inputs, with a 1 behind them where there is a bias, and
+    :math:`G = E[g^\top g]` that of the signals that come back to its outputs, under `law`. Blocks between layers are
+    left out. The block of a layer is exact where :math:`a^\top a` and :math:`g^\top g` are uncorrelated over inputs:
+    for one input, or where G does not depend on the input, as in a deep linear network with normal outputs of fixed
+    scale. A layer used at T positions (a convolution, a shared weight) counts each as an independent use. Parameters
+    that are in no such layer get their own exact dense block.
+
+    Args:
+        model: `model(theta, x)`, a distribution; its layers are found by `linear_layers`.
+        theta: parameter pytree with d scalars, interior to its domain; units u.
+        x: inputs with leading axis n; F is the mean over them.
+        law: `Exact()`, `MonteCarlo(key, draws)` with error O(1/sqrt(draws)), or `Data(y)`, the empirical Fisher.
+        corrected: replace the products of eigenvalues by the second moments of R in that eigenbasis (EKFAC). The
+            diagonal in the eigenbasis is then exact, and with it the trace.
+
+    Returns:
+        An operator of shape [d, d] in 1/u^2.
+
+    Raises:
+        ValueError: as `score_covariance`; parameters in no layer are more than 4096 in one block, and are named; a
+            solve whose F + damping is singular, or whose damping differs within a layer.
+
+    Example:
+        >>> import numpyro.distributions as dist
+        >>> model = lambda t, x: dist.Normal(jnp.tanh(x @ t["W"] + t["b"]) @ t["v"], 1.0)
+        >>> theta = {"W": jnp.eye(2), "b": jnp.zeros(2), "v": jnp.ones(2)}
+        >>> F = kronecker_fisher(model, theta, jnp.array([[0.5, -0.5], [1.0, 0.0]]))
+        >>> print([block.name for block in F.blocks], F.solve(theta, damping=0.1)["v"].round(3))
+        ['W, b', 'v'] [1.471 3.039]
+
+    Derived in the chapter "K-FAC, built from nothing". Source: Martens and Grosse (2015), sections 2 and 3; George et
+    al. (2018) for `corrected`.
+    """
+    root = make_root(model, theta, x, law=law)
+    plan = make_plan(root)
+    blocks = run(lambda r: _blocks(r, plan, corrected), root)
+    return KroneckerFisher(root.theta, jnp.ones((), root.flat.dtype), law_name(law), blocks)
+
+
+def _blocks(root: Root, plan: Plan, corrected: bool) -> tuple[Block, ...]:
+    dtype = root.flat.dtype
+    if plan.layers is None:
+        R = dense_rows(root).reshape(-1, root.d)
+        return (make_block(jnp.ones(1, dtype), R.T @ R, plan.whole[0].name, plan.whole[0].at),)
+    layers, width = plan.layers, _width(root, plan)
+    moments = over_blocks(root, lambda part: _moments(part, plan), root.n * width)
+    found = []
+    for k, (A, G) in zip(plan.product, moments[0], strict=True):
+        found.append(make_block(A, G, layers.found[k].parameters, layers.found[k].entries))
+    if corrected:
+        squares = over_blocks(root, lambda part: _second_moments(part, plan, found), root.n * width)
+        found = [replace(block, values=s, corrected=True) for block, s in zip(found, squares, strict=True)]
+    for whole, M in zip(plan.whole, moments[1], strict=True):
+        found.append(make_block(jnp.ones(1, dtype), M, whole.name, whole.at))
+    if len(plan.unused):
+        zero = jnp.zeros(len(plan.unused), dtype)
+        found.append(make_block(zero, jnp.ones(1, dtype), leaf_names(plan.unused, plan.leaves), plan.unused))
+    return tuple(found)
+
+
+def _moments(root: Root, plan: Plan) -> tuple[list[tuple[jax.Array, jax.Array]], list[jax.Array]]:
+    """Sums of a^T a (weighted to a mean) and g^T g over a block of inputs, and R^T R where it is formed whole."""
+    layers = plan.layers
+    assert layers is not None
+    activations, backward, rest = layered.signals(root, layers)
+    weight = rows_weight(root.rows, root.flat.dtype) / root.total
+    products = []
+    for k in plan.product:
+        layer, a, g = layers.found[k], activations[k], backward[k]
+        G = jnp.einsum("nrto,nrtp->op", g, g)
+        products.append((_second_moment(layer, a, weight / layer.positions), G))
+    wholes = []
+    for whole in plan.whole:
+        R = jnp.zeros(
+            (*backward[0].shape[:2], len(whole.at)) if backward else (*rest.shape[:2], len(whole.at)), root.flat.dtype
+        )
+        for j in whole.of:
+            at = layers.rest if j is None else layers.found[j].entries
+            rows = rest if j is None else layered.written(layers.found[j], activations[j], backward[j])
+            R = R.at[:, :, np.searchsorted(whole.at, at)].add(rows)
+        R = R.reshape(-1, len(whole.at))
+        wholes.append(R.T @ R)
+    return products, wholes
+
+
+def _second_moment(layer: Layer, a: jax.Array, weight: jax.Array) -> jax.Array:
+    if layer.kind == "embedding":  # one-hot rows: how often each is looked up
+        counts = jnp.zeros(layer.weight.shape[0], weight.dtype)
+        return counts.at[a].add(jnp.broadcast_to(weight[:, None], a.shape), mode="drop")
+    a = layered.with_bias(layer, a)
+    return jnp.einsum("nti,ntj,n->ij", a, a, weight)
+
+
+def _second_moments(root: Root, plan: Plan, blocks: Sequence[Block]) -> list[jax.Array]:
+    """Squares of R's entries in each block's eigenbasis, summed over a block of inputs."""
+    layers = plan.layers
+    assert layers is not None
+    activations, backward, _ = layered.signals(root, layers)
+    out = []
+    for k, block in zip(plan.product, blocks, strict=True):
+        layer, a, g = layers.found[k], activations[k], backward[k]
+        g = g if block.g.vectors is None else g @ block.g.vectors
+        if layer.kind == "embedding":
+            out.append(jnp.sum(layered.written(layer, a, g) ** 2, (0, 1)).reshape(block.shape))
+            continue
+        a = layered.with_bias(layer, a) @ block.a.vectors
+        if layer.positions == 1:
+            out.append((a[:, 0] ** 2).T @ jnp.sum(g[:, :, 0] ** 2, 1))
+        else:
+            out.append(jnp.sum(jnp.einsum("nti,nrto->nrio", a, g) ** 2, (0, 1)))
+    return out
+
+
+def _width(root: Root, plan: Plan) -> int:
+    """Scalars held for one input."""
+    layers, r = plan.layers, row_shape(root)
+    assert layers is not None
+    held = sum(
+        int(np.prod(layer.shift_shape)) * (r + 1) + layer.positions * layer.weight.shape[0] for layer in layers.found
+    )
+    return int(held + r * sum(len(whole.at) for whole in plan.whole))
