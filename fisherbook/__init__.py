@@ -15,10 +15,16 @@ from .kl import kl_divergence as kl_divergence
 from .law import Data as Data
 from .law import Exact as Exact
 from .law import MonteCarlo as MonteCarlo
+from .layers import linear_layers as linear_layers
 from .model import parameter_names as parameter_names
 from .natural_gradient import LevenbergMarquardt as LevenbergMarquardt
 from .natural_gradient import NaturalGradientState as NaturalGradientState
 from .natural_gradient import natural_gradient as natural_gradient
+from .operators import dense_fisher as dense_fisher
+from .operators import diagonal_fisher as diagonal_fisher
+from .operators import implicit_fisher as implicit_fisher
+from .operators import kronecker_fisher as kronecker_fisher
+from .operators import low_rank_fisher as low_rank_fisher
 from .score import expected_hessian as expected_hessian
 from .score import score as score
 from .score import score_covariance as score_covariance

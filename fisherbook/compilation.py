@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 SEEN: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
 CAPACITY = 512
@@ -55,5 +56,15 @@ def run(function: Callable[..., Any], *trees: Any) -> Any:
         return function(*jax.tree.unflatten(tree, [leaf if callable(leaf) else next(left) for leaf in leaves]))
 
     if any(isinstance(leaf, jax.core.Tracer) for leaf in arrays):
-        return jax.jit(flat)(*arrays)
+        return jax.jit(flat)(*hide_constants(arrays))
     return compile_once(flat, *arrays)(*arrays)
+
+
+def hide_constants(tree: Any) -> Any:
+    """The same numbers, of which the compiler does not know where they come from.
+
+    XLA for CPUs returns garbage for a product with a constant whose sum is subtracted from it (JAX 0.10 to 0.12):
+    z - sum(p z) for z = h @ ones, which is a Fisher product of class probabilities with a constant vector.
+    """
+    floating = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    return jax.tree.map(lambda leaf: jax.lax.optimization_barrier(leaf) if floating(leaf) else leaf, tree)

@@ -17,6 +17,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from .compilation import hide_constants
 from .distributions import adapt, log_density
 
 Model = Callable[..., Any]
@@ -80,7 +81,7 @@ def flatten(theta: Any, name: str = "theta") -> tuple[jax.Array, Callable[[jax.A
             )
     flat, unravel = ravel_pytree(jax.tree.map(jnp.asarray, theta))
     if is_traced(flat):
-        return require(jnp.all(jnp.isfinite(flat)), flat, f"{name} is not finite"), unravel
+        return require(jnp.all(jnp.isfinite(flat)), hide_constants(flat), f"{name} is not finite"), unravel
     return require(np.isfinite(flat).all(), flat, lambda: f"{name} is not finite: {_culprits(theta)}"), unravel
 
 

@@ -81,3 +81,23 @@ def test_programs_that_use_different_arguments_are_not_shared():
     for column, expected in (("low", 1.0), ("high", 4.0)):
         F = fb.score_covariance(lambda t, x, c=column: dist.Normal(t * x[c], 1.0), 0.0, x)
         np.testing.assert_allclose(F, [[expected]])
+
+
+def test_constants_inside_a_program():
+    """XLA's garbage for a sum subtracted from a product with a constant (`hide_constants`) does not reach us."""
+    h = jax.random.normal(jax.random.key(0), (300, 32))
+    softmax = lambda W, x: dist.Categorical(logits=x @ W)
+    W = jax.random.normal(jax.random.key(1), (32, 10))
+    F = fb.implicit_fisher(softmax, W, h)
+    expected = fb.dense_fisher(softmax, W, h).as_matrix()
+    ones = jnp.ones(320)
+    for _ in range(3):  # a fresh program each time: not every one is wrong
+        product = jax.jit(lambda W, h: fb.implicit_fisher(softmax, W, h) @ jnp.ones((32, 10)))(W, h)
+        np.testing.assert_allclose(product.ravel(), expected @ ones, atol=1e-13)
+        kept = jax.jit(lambda F: F @ jnp.ones(320))(F)
+        np.testing.assert_allclose(kept, expected @ ones, atol=1e-13)
+        v = jnp.linspace(-1, 2, 320).at[:10].set(0.0)  # a right side with zeros, which lineax divides by
+        solved = jax.jit(lambda F, v: F.solve(v, 0.1))(F, v)
+        np.testing.assert_allclose(solved, np.linalg.solve(expected + 0.1 * np.eye(320), v), atol=1e-6)
+        at_zero = jax.jit(lambda h: fb.score_covariance(softmax, jnp.zeros((32, 10)), h))(h)
+        np.testing.assert_allclose(at_zero, np.kron(h.T @ h / 300, np.eye(10) / 10 - 1 / 100), atol=1e-12)

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ..compilation import run
+from ..compilation import hide_constants, run
 from ..law import Exact, Law
 from ..model import Model, is_traced, require
 from ..root import CAP, Root, dense_rows, linearize, make_root, over_blocks, residuals, row_shape, transpose
@@ -19,6 +19,7 @@ from .diagonal import squared_columns, squared_norm
 from .factor import cholesky
 from .woodbury import Thin
 
+UNIT = 1e-12  # of a solution inside lineax, which would judge its changes by the size of v: the residual alone decides
 LARGEST = 8192  # the smaller side of R up to which determinants and draws are computed through it
 
 
@@ -98,9 +99,8 @@ class ImplicitFisher(Fisher):
         product = self._product()
         one = lambda v: product(v[:, None])[:, 0] + damping * v
         form = jax.ShapeDtypeStruct((self.d,), V.dtype)
-        operator = lx.FunctionLinearOperator(one, form, lx.positive_semidefinite_tag)
+        operator = lx.FunctionLinearOperator(lambda v: one(v / UNIT), form, lx.positive_semidefinite_tag)
         steps = self.max_steps or max(1000, 10 * self.d)
-        solver = lx.CG(rtol=self.rtol, atol=0.0, max_steps=steps, norm=jnp.linalg.norm)
         options = {}
         if self.preconditioner is not None:
             before = self.preconditioner
@@ -108,7 +108,10 @@ class ImplicitFisher(Fisher):
             options["preconditioner"] = lx.FunctionLinearOperator(call, form, lx.positive_semidefinite_tag)
 
         def solve(v: jax.Array) -> jax.Array:
-            return lx.linear_solve(operator, v, solver, options=dict(options), throw=False).value
+            # by default lineax compares entry with entry, and divides by the zeros of v
+            solver = lx.CG(rtol=0.0, atol=self.rtol * jnp.linalg.norm(v), max_steps=steps, norm=jnp.linalg.norm)
+            start = hide_constants(jnp.zeros_like(v))
+            return lx.linear_solve(operator, v, solver, options={**options, "y0": start}, throw=False).value / UNIT
 
         def relative(w: jax.Array, v: jax.Array) -> jax.Array:
             return jnp.linalg.norm(one(w) - v) / jnp.maximum(jnp.linalg.norm(v), jnp.finfo(v.dtype).tiny)

@@ -149,7 +149,7 @@ def kronecker_fisher(
         >>> theta = {"W": jnp.eye(2), "b": jnp.zeros(2), "v": jnp.ones(2)}
         >>> F = kronecker_fisher(model, theta, jnp.array([[0.5, -0.5], [1.0, 0.0]]))
         >>> print([block.name for block in F.blocks], F.solve(theta, damping=0.1)["v"].round(3))
-        ['W, b', 'v'] [1.471 3.039]
+        ['W, b', 'v'] [3.433 6.609]
 
     Derived in the chapter "K-FAC, built from nothing". Source: Martens and Grosse (2015), sections 2 and 3; George et
     al. (2018) for `corrected`.
