@@ -9,10 +9,15 @@ import numpyro.distributions as dist
 import pytest
 
 import fisherbook as fb
-from fisherbook.operators import dense_fisher, diagonal_fisher, implicit_fisher, low_rank_fisher
+from fisherbook.operators import dense_fisher, diagonal_fisher, implicit_fisher, kronecker_fisher, low_rank_fisher
 
 EXACT = {"dense": dense_fisher, "implicit": implicit_fisher, "low rank": partial(low_rank_fisher, rank=10_000)}
-ALL = EXACT | {"diagonal": diagonal_fisher, "rank 3": partial(low_rank_fisher, rank=3)}
+ALL = EXACT | {
+    "diagonal": diagonal_fisher,
+    "rank 3": partial(low_rank_fisher, rank=3),
+    "Kronecker": kronecker_fisher,
+    "Kronecker, corrected": partial(kronecker_fisher, corrected=True),
+}
 
 
 def network(theta, x):
@@ -124,6 +129,8 @@ def test_solve_logdet_and_forms(built, structure, name, damping):
     D = damping
     if damping == "per leaf":
         damping = {"W1": 0.1, "W2": 0.5, "b1": 1.0, "b2": 2.0}
+        if "Kronecker" in structure:  # one number for each layer
+            damping = {"W1": 0.1, "W2": 0.5, "b1": 0.1, "b2": 0.5}
         D = np.concatenate([np.full(np.size(theta[k]), damping[k]) for k in theta])
     total = M + D * np.eye(d)
     V = np.asarray(jax.random.normal(jax.random.key(5), (d, 2)))
