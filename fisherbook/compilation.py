@@ -56,7 +56,7 @@ def run(function: Callable[..., Any], *trees: Any) -> Any:
         return function(*jax.tree.unflatten(tree, [leaf if callable(leaf) else next(left) for leaf in leaves]))
 
     if any(isinstance(leaf, jax.core.Tracer) for leaf in arrays):
-        return jax.jit(flat)(*hide_constants(arrays))
+        return jax.jit(flat)(*arrays)
     return compile_once(flat, *arrays)(*arrays)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from ..compilation import run
+from ..compilation import hide_constants, run
 from ..model import is_traced, parameter_names
 
 
@@ -26,7 +26,7 @@ class Vector:
         )
         if like_theta:
             self.matrix, self.back = ravel_pytree(v)
-            self.matrix = self.matrix[:, None]
+            self.matrix = _hidden(self.matrix)[:, None]
             unravel = self.back
             self.back = lambda out: unravel(out[:, 0])
             return
@@ -36,8 +36,12 @@ class Vector:
                 f"{getattr(v, 'shape', None) or jax.tree.structure(v)}"
             )
         array = jnp.asarray(v)
-        self.matrix = array.reshape(d, -1)
+        self.matrix = _hidden(array).reshape(d, -1)
         self.back = lambda out: out.reshape(array.shape)
+
+
+def _hidden(v: jax.Array) -> jax.Array:
+    return hide_constants(v) if is_traced(v) else v
 
 
 def damping_vector(damping: Any, theta: Any) -> jax.Array:
