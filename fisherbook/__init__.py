@@ -1,5 +1,6 @@
 """Fisher information, computed three independent ways and never confused with anything else."""
 
+from .batches import Batches as Batches
 from .bounds import conditional_information as conditional_information
 from .bounds import cramer_rao as cramer_rao
 from .bounds import marginal_information as marginal_information

@@ -59,8 +59,10 @@ class Problem(NamedTuple):
         return make_outcomes(self.model, thetas, block, self.law, self.plan, prune, self.follow)
 
 
-def prepare(model: Model, theta: Any, x: Any, law: Law, others: tuple[Any, ...] = (), weights: Any = None) -> Problem:
-    """Check the arguments of a public function and settle how its outcomes are made."""
+def prepare(
+    model: Model, theta: Any, x: Any, law: Law, others: tuple[Any, ...] = (), weights: Any = None, start: int = 0
+) -> Problem:
+    """Check the arguments of a public function and settle how its outcomes are made; `start` numbers the first row."""
     check_law(law)
     flat, unravel = flatten(theta)
     theta = unravel(flat)
@@ -71,7 +73,8 @@ def prepare(model: Model, theta: Any, x: Any, law: Law, others: tuple[Any, ...] 
     check_domain(model, theta, x)
     plan = make_plan(model, (theta, *others), x, law)
     weight = np.ones(n) if weights is None else weights
-    return Problem(model, flat, unravel, law, plan, Rows(x, y, np.arange(n), weight), n, is_traced(flat), others)
+    rows = Rows(x, y, np.arange(start, start + n), weight)
+    return Problem(model, flat, unravel, law, plan, rows, n, is_traced(flat), others)
 
 
 def check_domain(model: Model, theta: Any, x: Any) -> None:

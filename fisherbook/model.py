@@ -92,6 +92,10 @@ def _culprits(theta: Any) -> str:
 
 def row_count(x: Any, name: str = "x") -> int:
     """Length of the leading axis that all leaves of `x` share."""
+    if getattr(x, "streamed", False):
+        raise TypeError(
+            f"{name} is Batches, which only the operators take: dense_fisher, kronecker_fisher and the others"
+        )
     leaves = tree_flatten_with_path(x)[0]
     if not leaves or any(np.ndim(leaf) == 0 for _, leaf in leaves):
         raise ValueError(f"{name} must hold arrays with a leading axis, one row per observation")

@@ -70,8 +70,13 @@ class Root:
         return Problem(self.model, flat, self.unravel, self.law, self.plan, self.rows, self.n, is_traced(flat))
 
 
-def make_root(model: Model, theta: Any, x: Any = None, *, law: Law = Exact(), weights: Any = None) -> Root:
-    """Check the arguments, settle how the outcomes are made, and hold what R needs; weights have mean 1."""
+def make_root(
+    model: Model, theta: Any, x: Any = None, *, law: Law = Exact(), weights: Any = None, start: int = 0
+) -> Root:
+    """Check the arguments, settle how the outcomes are made, and hold what R needs; weights have mean 1.
+
+    `start` is the number of the first row of x, by which draws are keyed.
+    """
     check_law(law)
     flat, unravel = flatten(theta)
     theta, n = unravel(flat), 1 if x is None else row_count(x)
@@ -79,10 +84,10 @@ def make_root(model: Model, theta: Any, x: Any = None, *, law: Law = Exact(), we
     varying = _closed_form(model, theta, x) if isinstance(law, Exact) else None
     if varying is not None:
         check_domain(model, theta, x)
-        rows = Rows(x, None, np.arange(n), weight)
+        rows = Rows(x, None, np.arange(start, start + n), weight)
         root = Root(model, theta, law, Plan("closed"), rows, varying, n)
         return replace(root, theta=_checked(root))
-    problem = prepare(model, theta, x, law, weights=weights)
+    problem = prepare(model, theta, x, law, weights=weights, start=start)
     if isinstance(law, Exact):  # the sampled laws are checked where they are made
 
         def checks(problem: Problem, flat: jax.Array, rows: Rows) -> tuple[jax.Array, Health]:

@@ -16,7 +16,7 @@ LAYERS = [
     ["model"],
     ["separation"],
     ["law"],
-    ["outcomes"],
+    ["outcomes", "batches"],
     ["checks"],
     ["expectation"],
     ["score", "hellinger", "kl"],

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from ..compilation import run
 from ..law import Data, Exact, Law
 from ..model import Model
-from ..root import Root, dense_rows, make_root, over_blocks, row_shape
+from ..root import Root, dense_rows, over_blocks, row_shape
 from ..score import weighted_score_covariance
 from . import layered
 from .base import Fisher
 from .factor import cholesky
+from .streams import mean_over_rows
 
 
 class DenseFisher(Fisher):
@@ -69,7 +70,7 @@ def dense_fisher(model: Model, theta: Any, x: Any = None, *, law: Law = Exact())
     Args:
         model: `model(theta)` or `model(theta, x)`, a distribution.
         theta: parameter pytree with d scalars, interior to its domain; units u.
-        x: inputs with leading axis n, for a conditional model; F is the mean over them.
+        x: inputs with leading axis n, or `Batches` of them, for a conditional model; F is the mean over them.
         law: `Exact()`, `MonteCarlo(key, draws)` with error O(1/sqrt(draws)), or `Data(y)`, the empirical Fisher.
 
     Returns:
@@ -88,12 +89,14 @@ def dense_fisher(model: Model, theta: Any, x: Any = None, *, law: Law = Exact())
 
     Derived in the chapter "Fisher at scale". Source: Martens (2020), section 8.
     """
-    root = make_root(model, theta, x, law=law)
-    if root.varying is None and root.plan.exact:
-        matrix = weighted_score_covariance(model, theta, x, law, None)
-    else:
-        matrix = run(gram_of_columns, root)
-    return DenseFisher(root.theta, jnp.ones((), matrix.dtype), law_name(law), matrix)
+
+    def matrix_of(root: Root) -> jax.Array:
+        if root.varying is None and root.plan.exact:
+            return weighted_score_covariance(model, theta, root.rows.x, law, None)
+        return run(gram_of_columns, root)
+
+    theta, matrix = mean_over_rows(model, theta, x, law, matrix_of)
+    return DenseFisher(theta, jnp.ones((), matrix.dtype), law_name(law), matrix)
 
 
 def gram_of_columns(root: Root) -> jax.Array:

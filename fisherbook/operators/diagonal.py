@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from ..compilation import run
 from ..law import Exact, Law
 from ..model import Model, is_traced, require
-from ..root import Root, dense_rows, make_root, over_blocks, row_shape
+from ..root import Root, dense_rows, over_blocks, row_shape
 from . import layered
 from .base import Fisher
 from .dense import law_name
+from .streams import mean_over_rows
 
 
 class DiagonalFisher(Fisher):
@@ -70,7 +71,7 @@ def diagonal_fisher(model: Model, theta: Any, x: Any = None, *, law: Law = Exact
     Args:
         model: `model(theta)` or `model(theta, x)`, a distribution.
         theta: parameter pytree with d scalars, interior to its domain; units u.
-        x: inputs with leading axis n, for a conditional model; F is the mean over them.
+        x: inputs with leading axis n, or `Batches` of them, for a conditional model; F is the mean over them.
         law: `Exact()`, `MonteCarlo(key, draws)` with error O(1/sqrt(draws)), or `Data(y)`, the empirical Fisher.
 
     Returns:
@@ -87,9 +88,8 @@ def diagonal_fisher(model: Model, theta: Any, x: Any = None, *, law: Law = Exact
 
     Derived in the chapter "Fisher at scale". Source: Kunstner, Balles and Hennig (2019), section 2.
     """
-    root = make_root(model, theta, x, law=law)
-    entries = run(squared_columns, root)
-    return DiagonalFisher(root.theta, jnp.ones((), entries.dtype), law_name(law), entries)
+    theta, entries = mean_over_rows(model, theta, x, law, lambda root: run(squared_columns, root))
+    return DiagonalFisher(theta, jnp.ones((), entries.dtype), law_name(law), entries)
 
 
 def squared_columns(root: Root) -> jax.Array:

@@ -9,14 +9,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from ..batches import Batches
 from ..compilation import hide_constants, run
 from ..law import Exact, Law
-from ..model import Model, is_traced, require
+from ..model import Model, flatten, is_traced, require
 from ..root import CAP, Root, dense_rows, linearize, make_root, over_blocks, residuals, row_shape, transpose
 from .base import Fisher
 from .dense import law_name
 from .diagonal import squared_columns, squared_norm
 from .factor import cholesky
+from .streamed import StreamedFisher
 from .woodbury import Thin
 
 UNIT = 1e-12  # of a solution inside lineax, which would judge its changes by the size of v: the residual alone decides
@@ -168,13 +170,13 @@ def implicit_fisher(
     rtol: float = 1e-8,
     max_steps: int | None = None,
     preconditioner: Any = None,
-) -> ImplicitFisher:
+) -> ImplicitFisher | StreamedFisher:
     r"""Represent the Fisher information by its products, :math:`F v = R^\top (R v)`: one push forward, one pull back.
 
     Args:
         model: `model(theta)` or `model(theta, x)`, a distribution.
         theta: parameter pytree with d scalars, interior to its domain; units u.
-        x: inputs with leading axis n, for a conditional model; F is the mean over them.
+        x: inputs with leading axis n, or `Batches` of them, for a conditional model; F is the mean over them.
         law: `Exact()`, `MonteCarlo(key, draws)` with error O(1/sqrt(draws)), or `Data(y)`, the empirical Fisher.
         rtol: relative residual at which conjugate gradients stop; in float32 no less than 1e-6 can be reached.
         max_steps: most conjugate gradient steps, by default the larger of 1000 and 10 d.
@@ -196,6 +198,11 @@ def implicit_fisher(
 
     Derived in the chapter "Fisher at scale". Source: Schraudolph (2002), section 3; Martens (2020), section 8.
     """
+    if isinstance(x, Batches):
+        flat = flatten(theta)[0]
+        rtol = max(rtol, 10 * float(jnp.finfo(flat.dtype).eps))
+        one, name = jnp.ones((), flat.dtype), law_name(law)
+        return StreamedFisher(theta, one, name, model, x, rtol, max_steps, law, preconditioner)
     root = make_root(model, theta, x, law=law)
     kept, form = None, None
     if not is_traced(root) and residuals(root) <= CAP:

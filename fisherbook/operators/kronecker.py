@@ -15,12 +15,13 @@ from ..expectation import rows_weight
 from ..law import Exact, Law
 from ..layers import Layer, leaf_names
 from ..model import Model, is_traced, require
-from ..root import Root, dense_rows, make_root, over_blocks, row_shape
+from ..root import Root, dense_rows, over_blocks, row_shape
 from . import layered
 from .base import Fisher
 from .blocks import Block, Factor, make_block
 from .dense import law_name
 from .plan import Plan, make_plan
+from .streams import mean_over_rows
 
 
 class KroneckerFisher(Fisher):
@@ -131,7 +132,7 @@ def kronecker_fisher(
     Args:
         model: `model(theta, x)`, a distribution; its layers are found by `linear_layers`.
         theta: parameter pytree with d scalars, interior to its domain; units u.
-        x: inputs with leading axis n; F is the mean over them.
+        x: inputs with leading axis n, or `Batches` of them; F is the mean over them.
         law: `Exact()`, `MonteCarlo(key, draws)` with error O(1/sqrt(draws)), or `Data(y)`, the empirical Fisher.
         corrected: replace the products of eigenvalues by the second moments of R in that eigenbasis (EKFAC). The
             diagonal in the eigenbasis is then exact, and with it the trace.
@@ -154,37 +155,49 @@ def kronecker_fisher(
     Derived in the chapter "K-FAC, built from nothing". Source: Martens and Grosse (2015), sections 2 and 3; George et
     al. (2018) for `corrected`.
     """
-    root = make_root(model, theta, x, law=law)
-    plan = make_plan(root)
-    blocks = run(lambda r: _blocks(r, plan, corrected), root)
-    return KroneckerFisher(root.theta, jnp.ones((), root.flat.dtype), law_name(law), blocks)
+    plans: list[Plan] = []
+
+    def moments(root: Root) -> Any:
+        plans[:] = plans or [make_plan(root)]
+        return run(lambda r: over_blocks(r, lambda part: _moments(part, plans[0]), r.n * _width(r, plans[0])), root)
+
+    checked, found = mean_over_rows(model, theta, x, law, moments)
+    plan = plans[0]
+    blocks = run(lambda m: _blocks(m, plan), found)
+    if corrected and plan.layers is not None:
+
+        def squares(root: Root) -> Any:
+            def whole(r: Root, blocks: Any) -> Any:
+                return over_blocks(r, lambda part: _second_moments(part, plan, blocks), r.n * _width(r, plan))
+
+            return run(whole, root, blocks[: len(plan.product)])
+
+        better = mean_over_rows(model, theta, x, law, squares)[1]
+        pairs = zip(blocks, better, strict=False)
+        blocks = (*(replace(b, values=s, corrected=True) for b, s in pairs), *blocks[len(better) :])
+    return KroneckerFisher(checked, jnp.ones((), blocks[0].values.dtype), law_name(law), blocks)
 
 
-def _blocks(root: Root, plan: Plan, corrected: bool) -> tuple[Block, ...]:
-    dtype = root.flat.dtype
-    if plan.layers is None:
-        R = dense_rows(root).reshape(-1, root.d)
-        return (make_block(jnp.ones(1, dtype), R.T @ R, plan.whole[0].name, plan.whole[0].at),)
-    layers, width = plan.layers, _width(root, plan)
-    moments = over_blocks(root, lambda part: _moments(part, plan), root.n * width)
+def _blocks(moments: Any, plan: Plan) -> tuple[Block, ...]:
+    products, wholes = moments
+    one = jnp.ones(1, jax.tree.leaves(moments)[0].dtype)
     found = []
-    for k, (A, G) in zip(plan.product, moments[0], strict=True):
-        found.append(make_block(A, G, layers.found[k].parameters, layers.found[k].entries))
-    if corrected:
-        squares = over_blocks(root, lambda part: _second_moments(part, plan, found), root.n * width)
-        found = [replace(block, values=s, corrected=True) for block, s in zip(found, squares, strict=True)]
-    for whole, M in zip(plan.whole, moments[1], strict=True):
-        found.append(make_block(jnp.ones(1, dtype), M, whole.name, whole.at))
+    for k, (A, G) in zip(plan.product, products, strict=True):
+        assert plan.layers is not None
+        found.append(make_block(A, G, plan.layers.found[k].parameters, plan.layers.found[k].entries))
+    found += [make_block(one, M, whole.name, whole.at) for whole, M in zip(plan.whole, wholes, strict=True)]
     if len(plan.unused):
-        zero = jnp.zeros(len(plan.unused), dtype)
-        found.append(make_block(zero, jnp.ones(1, dtype), leaf_names(plan.unused, plan.leaves), plan.unused))
+        name = leaf_names(plan.unused, plan.leaves)
+        found.append(make_block(jnp.zeros(len(plan.unused), one.dtype), one, name, plan.unused))
     return tuple(found)
 
 
 def _moments(root: Root, plan: Plan) -> tuple[list[tuple[jax.Array, jax.Array]], list[jax.Array]]:
     """Sums of a^T a (weighted to a mean) and g^T g over a block of inputs, and R^T R where it is formed whole."""
     layers = plan.layers
-    assert layers is not None
+    if layers is None:
+        R = dense_rows(root).reshape(-1, root.d)
+        return [], [R.T @ R]
     activations, backward, rest = layered.signals(root, layers)
     weight = rows_weight(root.rows, root.flat.dtype) / root.total
     products = []
@@ -237,7 +250,8 @@ def _second_moments(root: Root, plan: Plan, blocks: Sequence[Block]) -> list[jax
 def _width(root: Root, plan: Plan) -> int:
     """Scalars held for one input."""
     layers, r = plan.layers, row_shape(root)
-    assert layers is not None
+    if layers is None:
+        return r * root.d
     held = sum(
         int(np.prod(layer.shift_shape)) * (r + 1) + layer.positions * layer.weight.shape[0] for layer in layers.found
     )

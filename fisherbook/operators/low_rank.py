@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
+from ..batches import Batches
 from ..compilation import run
 from ..law import Exact, Law
 from ..model import Model
@@ -16,6 +19,7 @@ from .base import Fisher
 from .dense import law_name
 from .diagonal import squared_norm
 from .factor import cholesky
+from .streams import mean_over_rows
 from .woodbury import Thin
 
 RANK, OVERSAMPLING, ROUNDS = 100, 10, 2
@@ -99,7 +103,7 @@ def low_rank_fisher(
     Args:
         model: `model(theta)` or `model(theta, x)`, a distribution.
         theta: parameter pytree with d scalars, interior to its domain; units u.
-        x: inputs with leading axis n, for a conditional model; F is the mean over them.
+        x: inputs with leading axis n, or `Batches` of them, for a conditional model; F is the mean over them.
         law: `Exact()`, `MonteCarlo(key, draws)` with error O(1/sqrt(draws)), or `Data(y)`, the empirical Fisher.
         rank: number of eigenvectors kept, at most d and the number of rows.
 
@@ -120,15 +124,25 @@ def low_rank_fisher(
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    root = make_root(model, theta, x, law=law)
-    rows = root.n * row_shape(root)
-    k = min(rank, root.d, rows)
-    small = min(rows, root.d)
-    wide = rows <= root.d and rows * root.d <= CAP
-    take = _from_gram if wide else _randomised
-    values, vectors, trace = run(lambda r: take(r, k, min(small, k + OVERSAMPLING)), root)
+    if isinstance(x, Batches):
+        checked, values, vectors, trace = _streamed(model, theta, x, law, rank)
+    else:
+        root = make_root(model, theta, x, law=law)
+        rows = root.n * row_shape(root)
+        k, small = min(rank, root.d, rows), min(rows, root.d)
+        take = _from_gram if rows <= root.d and rows * root.d <= CAP else _from_products
+        values, vectors, trace = run(lambda r: take(r, k, min(small, k + OVERSAMPLING)), root)
+        checked = root.theta
     discarded = jnp.maximum(trace - jnp.sum(values), 0)
-    return LowRankFisher(root.theta, jnp.ones((), values.dtype), law_name(law), vectors, values, discarded)
+    return LowRankFisher(checked, jnp.ones((), values.dtype), law_name(law), vectors, values, discarded)
+
+
+def _streamed(model: Model, theta: Any, x: Batches, law: Law, rank: int) -> tuple[Any, ...]:
+    checked, trace = mean_over_rows(model, theta, x, law, lambda root: run(squared_norm, root))
+    flat = ravel_pytree(checked)[0]
+    mean = lambda Q: mean_over_rows(model, theta, x, law, lambda root: run(product, root, Q))[1]
+    k = min(rank, flat.size)
+    return checked, *_randomised(mean, flat, k, min(flat.size, k + OVERSAMPLING)), trace
 
 
 def _from_gram(root: Root, k: int, _: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -137,20 +151,27 @@ def _from_gram(root: Root, k: int, _: int) -> tuple[jax.Array, jax.Array, jax.Ar
     return s[:k] ** 2, Vt[:k].T, jnp.sum(s**2)
 
 
-def _randomised(root: Root, k: int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _from_products(root: Root, k: int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return *_randomised(lambda Q: product(root, Q), root.flat, k, size), squared_norm(root)
+
+
+def product(root: Root, Q: jax.Array) -> jax.Array:
+    """F Q for Q [d, k], a block of inputs at a time."""
     flat = root.flat
 
-    def product(Q: jax.Array) -> jax.Array:
-        def block(part: Root) -> jax.Array:
-            linear = linearize(part)
-            return jax.vmap(lambda v: transpose(linear, flat)(linear(v)), 1, 1)(Q)
+    def block(part: Root) -> jax.Array:
+        linear = linearize(part)
+        return jax.vmap(lambda v: transpose(linear, flat)(linear(v)), 1, 1)(Q)
 
-        return over_blocks(root, block, residuals(root) * size)
+    return over_blocks(root, block, residuals(root) * Q.shape[1])
 
-    Q = jnp.asarray(np.random.default_rng(0).standard_normal((root.d, size)), flat.dtype)
+
+def _randomised(
+    product: Callable[[jax.Array], jax.Array], flat: jax.Array, k: int, size: int
+) -> tuple[jax.Array, jax.Array]:
+    Q = jnp.asarray(np.random.default_rng(0).standard_normal((flat.size, size)), flat.dtype)
     for _ in range(ROUNDS + 1):
         Q = jnp.linalg.qr(product(jnp.linalg.qr(Q)[0]))[0]
     small = Q.T @ product(Q)
     values, vectors = jnp.linalg.eigh((small + small.T) / 2)
-    trace = squared_norm(root)
-    return jnp.maximum(values[::-1][:k], 0), (Q @ vectors[:, ::-1])[:, :k], trace
+    return jnp.maximum(values[::-1][:k], 0), (Q @ vectors[:, ::-1])[:, :k]

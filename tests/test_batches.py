@@ -1,0 +1,106 @@
+"""Batches give what the whole array gives, draws included, with one batch in memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+
+import fisherbook as fb
+
+KEYS = jax.random.split(jax.random.key(0), 5)
+THETA = {"W": jax.random.normal(KEYS[0], (3, 4)), "b": jnp.ones(4), "V": jax.random.normal(KEYS[1], (4, 3))}
+X = jax.random.normal(KEYS[2], (23, 3))
+Y = jax.random.randint(KEYS[3], (23,), 0, 3)
+SPLIT = [X[:10], X[10:20], X[20:]]
+
+
+def model(t, x):
+    return dist.Categorical(logits=jnp.tanh(x @ t["W"] + t["b"]) @ t["V"])
+
+
+def student(t, x):  # its law is integrated, not looked up
+    return dist.StudentT(5.0, x @ t, 1.0)
+
+
+LAWS = {
+    "exact": (fb.Exact(), fb.Exact()),
+    "draws": (fb.MonteCarlo(KEYS[4], 2), fb.MonteCarlo(KEYS[4], 2)),
+    "data": (fb.Data(Y), fb.Data(fb.Batches([Y[:10], Y[10:20], Y[20:]]))),
+    "data, one array": (fb.Data(Y), fb.Data(Y)),
+}
+BUILDS = {f.__name__: f for f in (fb.dense_fisher, fb.diagonal_fisher, fb.kronecker_fisher, fb.implicit_fisher)}
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("build", BUILDS)
+def test_same_as_the_whole_array(build, law):
+    whole = BUILDS[build](model, THETA, X, law=LAWS[law][0])
+    parts = BUILDS[build](model, THETA, fb.Batches(SPLIT), law=LAWS[law][1])
+    v = jnp.linspace(-1, 1, whole.d)
+    np.testing.assert_allclose(parts @ v, whole @ v, atol=1e-13)
+    np.testing.assert_allclose(parts.diagonal(), whole.diagonal(), atol=1e-13)
+    np.testing.assert_allclose(parts.trace(), whole.trace(), rtol=1e-12)
+    np.testing.assert_allclose(parts.solve(v, 0.1), whole.solve(v, 0.1), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(parts.logdet(0.1), whole.logdet(0.1), rtol=1e-10)
+
+
+def test_corrected_eigenvalues_low_rank_and_quadrature():
+    batches = fb.Batches(SPLIT)
+    plain = fb.kronecker_fisher(model, THETA, X, corrected=True)
+    np.testing.assert_allclose(
+        fb.kronecker_fisher(model, THETA, batches, corrected=True).as_matrix(), plain.as_matrix(), atol=1e-12
+    )
+    whole, parts = (fb.low_rank_fisher(model, THETA, x, rank=5) for x in (X, batches))
+    np.testing.assert_allclose(parts.eigenvalues(), whole.eigenvalues(), rtol=1e-6)
+    np.testing.assert_allclose(parts.discarded, whole.discarded, rtol=1e-4)
+    t = jnp.array([0.5, -0.2, 0.1])
+    np.testing.assert_allclose(
+        fb.dense_fisher(student, t, batches).as_matrix(), fb.score_covariance(student, t, X), rtol=1e-10, atol=1e-13
+    )
+
+
+def test_a_loader_of_pairs_and_a_function():
+    expected = fb.dense_fisher(model, THETA, X).as_matrix()
+    pairs = [(x, None) for x in SPLIT]
+    for batches in (fb.Batches(pairs, lambda pair: pair[0]), fb.Batches(lambda: iter(SPLIT))):
+        np.testing.assert_allclose(fb.dense_fisher(model, THETA, batches).as_matrix(), expected, atol=1e-13)
+
+
+def test_one_batch_in_memory():
+    """Each batch is made when it is asked for, and no earlier one is alive then."""
+    import weakref
+
+    alive, most = [], 0
+
+    def source():
+        nonlocal most
+        for k in range(6):
+            x = np.asarray(X) + k
+            alive.append(weakref.ref(x))
+            most = max(most, sum(ref() is not None for ref in alive))
+            yield x
+            del x
+
+    fb.diagonal_fisher(model, THETA, fb.Batches(source))
+    assert most <= 2  # the one in use, and the one before it until it is replaced
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="a generator can be iterated once only"):
+        fb.Batches(x for x in SPLIT)
+    with pytest.raises(ValueError, match="hold no inputs"):
+        fb.dense_fisher(model, THETA, fb.Batches([]))
+    with pytest.raises(ValueError, match="y has fewer batches than x"):
+        fb.dense_fisher(model, THETA, fb.Batches(SPLIT), law=fb.Data(fb.Batches([Y[:10]])))
+    with pytest.raises(ValueError, match="but y has more"):
+        fb.dense_fisher(model, THETA, fb.Batches(SPLIT[:2]), law=fb.Data(Y))
+    with pytest.raises(ValueError, match="rows"):
+        fb.dense_fisher(model, THETA, fb.Batches(SPLIT), law=fb.Data(Y[:15]))
+    F = fb.implicit_fisher(model, THETA, fb.Batches(SPLIT))
+    with pytest.raises(ValueError, match=r"inside jax\.jit"):
+        jax.jit(lambda v: F @ v)(jnp.ones(F.d))
+    with pytest.raises(ValueError, match="singular"):
+        F.solve(jnp.ones(F.d))
+    with pytest.raises(TypeError, match="Batches"):
+        fb.score_covariance(model, THETA, fb.Batches(SPLIT))
