@@ -91,6 +91,22 @@ def test_same_as_rows(name, law):
     np.testing.assert_allclose(dense_fisher(model, theta, x, law=law).as_matrix(), F, atol=1e-12 * size)
 
 
+@pytest.mark.parametrize("name", ["MLP", "shared weight, LayerNorm", "tied", "a parameter in no layer"])
+@pytest.mark.parametrize("damping", [1.0, 1e-7])
+def test_solve_in_the_space_of_rows(name, damping):
+    model, theta, x = CASES[name]
+    F = implicit_fisher(model, theta, x[:2])
+    assert F.rows < F.d
+    M, v = np.asarray(dense_fisher(model, theta, x[:2]).as_matrix()), np.linspace(-1, 1, F.d)
+    w = F.solve(jnp.asarray(v), damping)
+    residual = M @ w + damping * w - v
+    assert np.linalg.norm(residual) < 1e-8 * np.linalg.norm(v)
+    if name != "tied":
+        root = make_root(model, theta, x[:2])
+        R = np.asarray(dense_rows(root)).reshape(-1, F.d)
+        np.testing.assert_allclose(layered.gram(root, layered.layers_of(root)), R @ R.T, atol=1e-12)
+
+
 def test_outer_products_where_they_are_less_work():
     """A logistic regression goes by rows, a network with ten outcomes by layers."""
     x = normal(40, 20, 8)

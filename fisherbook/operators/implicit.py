@@ -14,6 +14,7 @@ from ..compilation import hide_constants, run
 from ..law import Exact, Law
 from ..model import Model, flatten, is_traced, require
 from ..root import CAP, Root, dense_rows, linearize, make_root, over_blocks, residuals, row_shape, transpose
+from . import layered
 from .base import Fisher
 from .dense import law_name
 from .diagonal import squared_columns, squared_norm
@@ -74,7 +75,14 @@ class ImplicitFisher(Fisher):
         return dense_rows(self.root).reshape(-1, self.d).T
 
     def _solve(self, V: jax.Array, damping: jax.Array) -> jax.Array:
-        if self.rows < self.d and self.rows <= LARGEST and self.rows * self.d <= 4 * CAP:
+        few = self.rows < self.d and self.rows <= LARGEST
+        thin = few and self.rows * self.d <= 4 * CAP
+        # the Gram matrix squares the condition number, which single precision does not forgive
+        if few and damping.ndim == 0 and not (thin and V.dtype == jnp.float32):
+            w = run(lambda F, V, damping: F._in_row_space(V, damping), self, V, self._positive(damping))
+            hint = "F + damping is singular to working precision: pass more damping"
+            return require(jnp.all(jnp.isfinite(w)), w, hint)
+        if thin:
             return run(lambda F, V, damping: F._thin(damping).solve(V), self, V, self._positive(damping))
         damped = True if is_traced(damping) else bool(jnp.all(damping > 0))
         w, error, probe = run(
@@ -126,6 +134,28 @@ class ImplicitFisher(Fisher):
         z = jax.random.normal(jax.random.key(0), (self.d,), V.dtype) / jnp.sqrt(jnp.maximum(jnp.linalg.norm(V), 1))
         back = solve(one(z))
         return W.T, error, jnp.linalg.norm(back - z) / jnp.linalg.norm(z)
+
+    def _in_row_space(self, V: jax.Array, damping: jax.Array) -> jax.Array:
+        """(V - R^T (R R^T + damping)^-1 R V) / damping, corrected once by its own residual."""
+        flat, linear = self.root.flat, linearize(self.root)
+        layers = layered.layers_of(self.root)
+        if layers is None or layered.shared(layers):
+            rows = dense_rows(self.root).reshape(-1, self.d)
+            K = rows @ rows.T
+        else:
+            K = layered.gram(self.root, layers)
+        factor = jax.scipy.linalg.cho_factor(K + damping * jnp.eye(len(K), dtype=K.dtype), lower=True)
+        back = transpose(linear, flat)
+
+        def inverse(v: jax.Array) -> jax.Array:
+            u = linear(v)
+            return (v - back(jax.scipy.linalg.cho_solve(factor, u.ravel()).reshape(u.shape))) / damping
+
+        def solve(v: jax.Array) -> jax.Array:
+            w = inverse(v)
+            return w + inverse(v - back(linear(w)) - damping * w)
+
+        return jax.vmap(solve, 1, 1)(V)
 
     def _thin(self, damping: jax.Array) -> Thin:
         return Thin.of(self._columns(), damping, "damping must be positive")

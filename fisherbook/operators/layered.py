@@ -200,6 +200,23 @@ def _triangle(m: int) -> np.ndarray:
     return np.maximum(at, at.T).ravel()
 
 
+# --- the Gram matrix ------------------------------------------------------------------------------------------
+
+
+def gram(root: Root, layers: Layers) -> jax.Array:
+    """R R^T [n r, n r], from products of activations and of signals; no entry may be shared by two layers."""
+    return sum(map(_inner, parts(root, layers)), jnp.zeros((), root.flat.dtype))
+
+
+def _inner(p: Part) -> jax.Array:
+    n, r = p.g.shape[:2]
+    signals = p.g.reshape(n * r, -1)
+    inner = signals @ signals.T
+    if p.a is None:
+        return inner
+    return (inner.reshape(n, r, n, r) * (p.a @ p.a.T)[:, None, :, None]).reshape(n * r, n * r)
+
+
 # --- the diagonal and the trace -------------------------------------------------------------------------------
 
 
