@@ -34,7 +34,8 @@ def compile_once(function: Callable[..., Any], *args: Any) -> Callable[..., Any]
     if "callback" in text:
         return lowered.compile()
     device = jax.config.jax_default_device
-    key = (text, str(lowered.in_tree), str(lowered.out_info), jax.default_backend(), str(device))
+    where = tuple(leaf.sharding if getattr(leaf, "committed", False) else None for leaf in jax.tree.leaves(args))
+    key = (text, str(lowered.in_tree), str(lowered.out_info), jax.default_backend(), str(device), where)
     if key not in SEEN:
         SEEN[key] = lowered.compile()
         if len(SEEN) > CAPACITY:

@@ -34,6 +34,9 @@ for law in laws:
         here, there = build(model, theta, jnp.asarray(x), law=law), build(model, theta, spread, law=law)
         np.testing.assert_allclose(there.diagonal(), here.diagonal(), atol=1e-12)
         np.testing.assert_allclose(there @ v, here @ v, atol=1e-12)
+for device in (jax.devices()[3], jax.devices()[5]):  # one program text, another device
+    at = fb.dense_fisher(model, jax.device_put(theta, device), jax.device_put(x, device)).as_matrix()
+    assert at.devices() == {device}
 inside = jax.jit(lambda t, x: fb.dense_fisher(model, t, x).as_matrix())
 np.testing.assert_allclose(inside(theta, spread), fb.dense_fisher(model, theta, x).as_matrix(), atol=1e-12)
 text = inside.lower(theta, spread).compile().as_text()

@@ -19,11 +19,10 @@ from .base import Fisher
 from .dense import law_name
 from .diagonal import squared_columns, squared_norm
 from .factor import cholesky
-from .streamed import StreamedFisher
+from .streamed import LARGEST, StreamedFisher
 from .woodbury import Thin
 
 UNIT = 1e-12  # of a solution inside lineax, which would judge its changes by the size of v: the residual alone decides
-LARGEST = 8192  # the smaller side of R up to which determinants and draws are computed through it
 
 
 class ImplicitFisher(Fisher):
@@ -44,11 +43,15 @@ class ImplicitFisher(Fisher):
     def _multiply(self, V: jax.Array) -> jax.Array:
         return self._product()(V)
 
+    def _linear(self) -> Callable[[jax.Array], jax.Array]:
+        """v -> R v, from what is kept of it where it is."""
+        return linearize(self.root) if self.kept is None else jax.tree.unflatten(self.form, self.kept)
+
     def _product(self) -> Callable[[jax.Array], jax.Array]:
         """V [d, k] -> R^T R V, linearised once however often it is called."""
         flat, big = self.root.flat, residuals(self.root)
         if self.kept is not None or big <= CAP:
-            linear = linearize(self.root) if self.kept is None else jax.tree.unflatten(self.form, self.kept)
+            linear = self._linear()
             one = lambda v: transpose(linear, flat)(linear(v))
         else:
 
@@ -137,7 +140,7 @@ class ImplicitFisher(Fisher):
 
     def _in_row_space(self, V: jax.Array, damping: jax.Array) -> jax.Array:
         """(V - R^T (R R^T + damping)^-1 R V) / damping, corrected once by its own residual."""
-        flat, linear = self.root.flat, linearize(self.root)
+        flat, linear = self.root.flat, self._linear()
         layers = layered.layers_of(self.root)
         if layers is None or layered.shared(layers):
             rows = dense_rows(self.root).reshape(-1, self.d)
@@ -229,10 +232,10 @@ def implicit_fisher(
     Derived in the chapter "Fisher at scale". Source: Schraudolph (2002), section 3; Martens (2020), section 8.
     """
     if isinstance(x, Batches):
-        flat = flatten(theta)[0]
+        flat, unravel = flatten(theta)
         rtol = max(rtol, 10 * float(jnp.finfo(flat.dtype).eps))
         one, name = jnp.ones((), flat.dtype), law_name(law)
-        return StreamedFisher(theta, one, name, model, x, rtol, max_steps, law, preconditioner)
+        return StreamedFisher(unravel(flat), one, name, model, x, rtol, max_steps, law, preconditioner)
     root = make_root(model, theta, x, law=law)
     kept, form = None, None
     if not is_traced(root) and residuals(root) <= CAP:

@@ -18,7 +18,7 @@ from ..model import Model, is_traced, require
 from ..root import Root, dense_rows, over_blocks, row_shape
 from . import layered
 from .base import Fisher
-from .blocks import Block, Factor, make_block
+from .blocks import Block, make_block
 from .dense import law_name
 from .plan import Plan, make_plan
 from .streams import mean_over_rows
@@ -44,12 +44,9 @@ class KroneckerFisher(Fisher):
     def _diagonal(self) -> jax.Array:
         return self._each(jnp.zeros((self.d, 1), self.dtype), lambda block, _: block.diagonal()[:, None])[:, 0]
 
-    def _traces(self) -> list[jax.Array]:
-        return [jnp.sum(block.values) for block in self.blocks]
-
     def trace(self) -> jax.Array:
         """The trace, a scalar."""
-        return self.scale * sum(self._traces())
+        return self.scale * sum(jnp.sum(block.values) for block in self.blocks)
 
     def _damped(self, damping: jax.Array) -> list[jax.Array]:
         """Eigenvalues of F + damping, [i, o] for each block."""
@@ -100,9 +97,9 @@ class KroneckerFisher(Fisher):
             if old.corrected:
                 raise ValueError("a corrected KroneckerFisher cannot be averaged: the eigenbases differ")
             mean = lambda old, new: (1 - weight) * old + weight * new
-            a = Factor.of(mean(old.a.matrix, new.a.matrix))
-            g = Factor.of(mean(self.scale * old.g.matrix, newer.scale * new.g.matrix))
-            blocks.append(Block(a, g, jnp.outer(a.values, g.values), False, new.name, new.index))
+            A = mean(old.a.matrix, new.a.matrix)
+            G = mean(self.scale * old.g.matrix, newer.scale * new.g.matrix)
+            blocks.append(make_block(A, G, new.name, new.index.at))
         return KroneckerFisher(newer.theta, jnp.ones((), self.dtype), self.law, tuple(blocks))
 
     def _numbers(self) -> list[tuple[str, str]]:

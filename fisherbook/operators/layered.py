@@ -41,10 +41,13 @@ class Part(NamedTuple):
 
 def layers_of(root: Root) -> Layers | None:
     """The layers of what theta moves, for one row of inputs; None where there is no input or no layer."""
-    if root.rows.x is None:
-        return None
-    found = find_layers(lambda flat, one: outputs(one, flat), root.flat, _first(root), leaf_sizes(root.theta))
-    return found if found.found else None
+    found = None if root.rows.x is None else report(root)
+    return found if found is not None and found.found else None
+
+
+def report(root: Root) -> Layers:
+    """The layers of what theta moves, and what is in none."""
+    return find_layers(lambda flat, one: outputs(one, flat), root.flat, _first(root), leaf_sizes(root.theta))
 
 
 def _first(root: Root) -> Root:

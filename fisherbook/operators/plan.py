@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ..layers import Layers, find_layers, leaf_names, leaf_sizes
-from ..root import Root, outputs
+from ..layers import Layers, leaf_names, leaf_sizes
+from ..root import Root
+from .layered import report
 
 LARGEST = 4096  # parameters of a block that is formed whole
 KRONECKER = ("dense", "convolution", "embedding")
@@ -40,8 +38,7 @@ def make_plan(root: Root) -> Plan:
         return Plan(
             None, (), (_small(Whole((None,), everything, leaf_names(everything, leaves))),), everything[:0], leaves
         )
-    one = replace(root, rows=jax.tree.map(lambda a: jnp.asarray(a)[:1], root.rows))
-    layers = find_layers(lambda flat, one: outputs(one, flat), root.flat, one, leaves)
+    layers = report(root)
     product = tuple(j for j, layer in enumerate(layers.found) if layer.kind in KRONECKER and not layer.tied)
     others: list[tuple[int | None, np.ndarray]] = [(None, layers.rest)] if len(layers.rest) else []
     others += [(j, np.unique(layer.entries)) for j, layer in enumerate(layers.found) if j not in product]

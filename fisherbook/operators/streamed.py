@@ -19,7 +19,7 @@ from .diagonal import squared_columns, squared_norm
 from .low_rank import product
 from .streams import mean_over_rows
 
-LARGEST = 8192
+LARGEST = 8192  # the smaller side of R up to which determinants and draws are computed through it
 
 
 class StreamedFisher(Fisher):
