@@ -17,8 +17,8 @@ from .law import Data as Data
 from .law import Exact as Exact
 from .law import MonteCarlo as MonteCarlo
 from .layers import linear_layers as linear_layers
+from .levenberg_marquardt import LevenbergMarquardt as LevenbergMarquardt
 from .model import parameter_names as parameter_names
-from .natural_gradient import LevenbergMarquardt as LevenbergMarquardt
 from .natural_gradient import NaturalGradientState as NaturalGradientState
 from .natural_gradient import natural_gradient as natural_gradient
 from .operators import dense_fisher as dense_fisher

@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from .batches import Batches
 from .law import Data, Exact, Law, MonteCarlo
-from .model import Model, path_name, require
+from .levenberg_marquardt import LevenbergMarquardt, adapt
+from .model import Model, is_traced, path_name, require
 from .operators import dense_fisher, implicit_fisher
 
 Number = Any  # a number, or a schedule: a function of the step count
-
-
-@dataclass(frozen=True)
-class LevenbergMarquardt:
-    """Damping that adapts to how well the quadratic model predicts the loss (Levenberg, 1944; Marquardt, 1963).
-
-    After each step the reduction ratio, actual over predicted decrease, is compared with 1/4 and 3/4: damping is
-    multiplied by `factor` below and divided by it above. A step that would increase the loss is not taken.
-
-    Args:
-        initial: damping of the first step, in the unit of F.
-        factor: above 1.
-        minimum, maximum: bounds of the damping.
-
-    Example:
-        >>> LevenbergMarquardt(initial=0.1).factor
-        4.0
-    """
-
-    initial: float = 1.0
-    factor: float = 4.0
-    minimum: float = 1e-10
-    maximum: float = 1e10
-
-    def __post_init__(self) -> None:
-        if not (0 < self.minimum <= self.initial <= self.maximum and self.factor > 1):
-            raise ValueError(f"needs 0 < minimum <= initial <= maximum and factor > 1, got {self}")
 
 
 class NaturalGradientState(NamedTuple):
@@ -135,6 +110,8 @@ def natural_gradient(
         held: Any = ()
         if holds:
             y = None if law is not Data else _outcomes_like(model, params, example)
+            if example is None and len(inspect.signature(model).parameters) > 1:
+                raise ValueError("the state holds the curvature: pass example=, the inputs of one batch")
             shapes = jax.eval_shape(lambda p: build(p, example, y, jax.random.key(0)), params)
             held = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         running = jax.tree.map(jnp.zeros_like, params) if momentum > 0 else ()
@@ -148,6 +125,9 @@ def natural_gradient(
 
         def renew(old: Any) -> Any:
             new = build(params, x, y, key)
+            if _form(new) != _form(old):
+                hint = "its form depends on the number of rows, so example= must have as many as the batches"
+                raise ValueError(f"{type(new).__name__} of this batch does not fit that of example=: {hint}")
             return new if averaging == 0 else old.average(new, jnp.where(state.count == 0, 1.0, 1 - averaging))
 
         return jax.lax.cond(state.count % every == 0, renew, lambda old: old, state.curvature)
@@ -168,7 +148,7 @@ def natural_gradient(
             raise ValueError("natural_gradient needs the parameters: update(grads, state, params, x=x)")
         if adaptive and value_fn is None:
             raise ValueError("LevenbergMarquardt compares losses: pass value_fn=, a function of params, to update")
-        grads = _finite(updates)
+        grads = _finite(_like(updates, params))
         F = refresh(state, params, x, y, key)
         level = state.damping if adaptive else _at(damping, state.count)
         direction = F.solve(grads, level)
@@ -187,14 +167,14 @@ def natural_gradient(
         )
         if adaptive:
             assert value_fn is not None
-            step, new = _adapt(damping, new, step, value_fn, params, _dot(grads, step) + curve / 2)
+            step, new = adapt(damping, new, step, value_fn, params, _dot(grads, step) + curve / 2)
         return step, new
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _check_options(learning_rate: Any, trust_radius: Any, momentum: float, every: int, averaging: float) -> None:
-    if not callable(learning_rate) and not learning_rate > 0:
+    if not callable(learning_rate) and not 0 < learning_rate < float("inf"):
         raise ValueError(f"learning_rate must be positive or a schedule, got {learning_rate}")
     if trust_radius is not None and not trust_radius > 0:
         raise ValueError(f"trust_radius must be positive, a divergence in nats, got {trust_radius}")
@@ -222,8 +202,15 @@ def _pick(curvature: Callable[..., Any], holds: bool) -> Callable[..., Any]:
         return curvature
 
     def choose(model: Model, theta: Any, x: Any, *, law: Law) -> Any:
-        F = implicit_fisher(model, theta, x, law=law)
-        return F if F.rows < F.d else dense_fisher(model, theta, x, law=law)
+        rows: list[int] = []
+
+        def count(theta: Any) -> None:
+            F = implicit_fisher(model, theta, x, law=law)
+            rows.append(F.rows - F.d)
+
+        if not isinstance(x, Batches):
+            jax.eval_shape(count, theta)  # traced only: nothing of it is compiled
+        return (implicit_fisher if rows and rows[0] < 0 else dense_fisher)(model, theta, x, law=law)
 
     return choose
 
@@ -233,17 +220,26 @@ def _outcomes_like(model: Model, params: Any, x: Any) -> Any:
     return whole.sample(jax.random.key(0), (1,) if x is None else ())
 
 
+def _like(grads: Any, params: Any) -> Any:
+    """The gradients, if they have the form of the parameters."""
+    if _form(grads) != _form(params):
+        raise ValueError(f"gradients have the shapes {_form(grads)[1]}, parameters {_form(params)[1]}")
+    return grads
+
+
+def _form(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
+    return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+
 def _finite(grads: Any) -> Any:
-    flat = ravel_pytree(grads)[0]
+    ok = jnp.all(jnp.isfinite(ravel_pytree(grads)[0]))
 
     def message() -> str:
-        bad = [
-            path_name(p) for p, g in jax.tree_util.tree_leaves_with_path(grads) if not bool(jnp.all(jnp.isfinite(g)))
-        ]
-        return f"the gradient is not finite in {', '.join(bad)}"
+        leaves = jax.tree_util.tree_leaves_with_path(grads)
+        bad = [] if is_traced(ok) else [path_name(p) for p, g in leaves if not bool(jnp.all(jnp.isfinite(g)))]
+        return "the gradient is not finite" + (f" in {', '.join(bad)}" if bad else "")
 
-    short = "the gradient is not finite"
-    return require(jnp.all(jnp.isfinite(flat)), grads, short if isinstance(flat, jax.core.Tracer) else message)
+    return require(ok, grads, message)
 
 
 def _at(value: Any, count: jax.Array) -> Any:
@@ -256,28 +252,3 @@ def _scaled(tree: Any, c: Any) -> Any:
 
 def _dot(a: Any, b: Any) -> jax.Array:
     return jnp.vdot(ravel_pytree(a)[0], ravel_pytree(b)[0])
-
-
-def _adapt(
-    rule: LevenbergMarquardt,
-    state: NaturalGradientState,
-    step: Any,
-    value_fn: Callable[[Any], Any],
-    params: Any,
-    predicted: Any,
-) -> tuple[Any, NaturalGradientState]:
-    """Compare the decrease with the predicted one, change the damping, and leave out a step that increases the loss."""
-    before, after = value_fn(params), value_fn(jax.tree.map(jnp.add, params, step))
-    ratio = jnp.where(predicted < 0, (after - before) / jnp.where(predicted < 0, predicted, 1), 0.0)
-    bad = ~(after <= before)  # also where the loss is not finite
-    ratio = jnp.where(bad & ~(ratio < 0), -jnp.inf, ratio)
-    factor = jnp.where(ratio > 0.75, 1 / rule.factor, jnp.where(ratio < 0.25, rule.factor, 1.0))
-    at_rest = (before == after) & (jnp.abs(predicted) <= 4 * jnp.finfo(before.dtype).eps * jnp.abs(before))
-    factor = jnp.where(at_rest, 1.0, factor)
-    taken = jax.tree.map(lambda leaf: jnp.where(bad, jnp.zeros_like(leaf), leaf), step)
-    return taken, state._replace(
-        damping=jnp.clip(state.damping * factor, rule.minimum, rule.maximum).astype(state.damping.dtype),
-        reduction=ratio.astype(state.reduction.dtype),
-        rejected=state.rejected + bad,
-        kl=jnp.where(bad, 0, state.kl),
-    )

@@ -23,7 +23,8 @@ from .families import find_family, own_parameters, push_forward
 from .law import Data, Exact, Law, Plan, check_law
 from .model import Conditional, Model, call, flatten, is_traced, row_count, take_rows
 
-CAP = 2**26  # scalars held at once for one block of inputs
+CAP = 2**26  # scalars that may be held at once
+BLOCK = 2**22  # of them, for one block of inputs: small enough to stay near the processor
 
 Map = Callable[[Any], Any]
 
@@ -261,9 +262,12 @@ def residuals(root: Root) -> int:
 
 
 def over_blocks(root: Root, function: Callable[[Root], Any], scalars: int) -> Any:
-    """Sum `function` over blocks of rows such that a block of them holds about `CAP` of the `scalars` that all need."""
+    """Sum `function` over blocks of rows such that a block of them holds about `BLOCK` of the `scalars` that all need.
+
+    With several devices about `CAP`: a block would be cut across the devices that hold the rows.
+    """
     n = root.n
-    count = min(n, -(-scalars // CAP))
+    count = min(n, -(-scalars // (BLOCK if jax.device_count() == 1 else CAP)))
     if count <= 1:
         return function(root)
     length = -(-n // count)

@@ -242,3 +242,30 @@ def test_matrices_that_are_no_information():
     ]:
         with pytest.raises(ValueError, match=match):
             call()
+
+
+OPERATORS = [fb.dense_fisher, fb.diagonal_fisher, fb.kronecker_fisher, fb.low_rank_fisher, fb.implicit_fisher]
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda f: f.__name__)
+def test_operators_name_the_same_culprits(operator):
+    y = jnp.zeros(5, int)
+    for call, match in [
+        (lambda: operator(logit, jnp.arange(2), X), "theta must be floating point"),
+        (lambda: operator(lambda t, x: logit(t["w"], x), {"k": 1, "w": jnp.ones(2)}, X), "but k is int64"),
+        (lambda: operator(logit, jnp.array([0.0, jnp.nan]), X), r"theta is not finite: theta\[1\] = nan"),
+        (lambda: operator(logit, {}, X), "theta is empty"),
+        (lambda: operator(lambda t: dist.Normal(0.0, t), -1.0), "theta is outside its domain"),
+        (lambda: operator(logit, jnp.zeros(2), X[:0]), "x has no rows"),
+        (lambda: operator(logit, jnp.zeros(2), 1.0), "x must hold arrays with a leading axis"),
+        (lambda: operator(logit, jnp.zeros(2), {"a": X, "b": X[:5]}), "have different lengths"),
+        (lambda: operator(logit, jnp.zeros(2), X, law=fb.Data(y)), "x has 6 rows but y has 5"),
+        (lambda: operator(logit, jnp.zeros(2), X, law=fb.Data(2 + jnp.zeros(6, int))), r"y\[0\] = 2 is impossible"),
+        (lambda: operator(lambda t, x: dist.Normal(t * x, 1.0), jnp.zeros(2), X), "to_event"),
+        (lambda: operator(lambda t, x: x @ t, jnp.zeros(2), X), "not a distribution"),
+        (lambda: operator(logit, jnp.zeros(2), X, law="exact"), "law must be Exact"),
+        (lambda: operator(lambda t: dist.Uniform(0.0, t), 2.0), "the support moves"),
+        (lambda: operator(logit, jnp.zeros(2), fb.Batches([X, X[:0]])).trace(), "x has no rows"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=match):
+            call()

@@ -27,6 +27,7 @@ LAYERS = [
     ["inference"],
     ["likelihood"],
     ["scoring"],
+    ["levenberg_marquardt"],
     ["natural_gradient"],
     ["laplace"],
     ["geometry", "spectrum", "design"],

@@ -11,7 +11,7 @@ import pytest
 
 import fisherbook as fb
 from fisherbook.natural_gradient import LevenbergMarquardt, natural_gradient
-from fisherbook.operators import dense_fisher, diagonal_fisher, implicit_fisher, low_rank_fisher
+from fisherbook.operators import dense_fisher, diagonal_fisher, implicit_fisher, kronecker_fisher, low_rank_fisher
 
 X = jax.random.normal(jax.random.key(0), (40, 3))
 Y = jax.random.poisson(jax.random.key(1), jnp.exp(X @ jnp.array([0.5, -0.3, 0.2])))
@@ -198,6 +198,14 @@ def test_chains_with_schedules_clips_and_decay():
         ),
         ({"damping": 0.0}, {"x": X.at[:, 2].set(X[:, 1])}, "singular"),
         ({"damping": -1.0}, {}, "damping must be finite and not negative"),
+        ({"damping": lambda count: jnp.nan * count}, {}, "damping must be finite and not negative"),
+        ({"damping": {"slope": 1.0}}, {}, "one number per leaf"),
+        ({"law": fb.Data}, {"y": Y[:7]}, "x has 40 rows but y has 7"),
+        (
+            {"damping": fb.LevenbergMarquardt()},
+            {"value_fn": lambda t: -poisson(t, X).log_prob(Y)},
+            "value_fn must return a number",
+        ),
     ],
 )
 def test_bad_input(options, extra, message):
@@ -208,7 +216,15 @@ def test_bad_input(options, extra, message):
 
 
 @pytest.mark.parametrize(
-    "options", [{"every": 0}, {"momentum": 1.0}, {"averaging": 1.0}, {"trust_radius": 0.0}, {"learning_rate": -1}]
+    "options",
+    [
+        {"every": 0},
+        {"momentum": 1.0},
+        {"averaging": 1.0},
+        {"trust_radius": 0.0},
+        {"learning_rate": -1},
+        {"learning_rate": np.inf},
+    ],
 )
 def test_bad_options(options):
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -245,3 +261,129 @@ def test_diagonal():
     path = run(natural_gradient(poisson, 0.5, curvature=diagonal_fisher, damping=0.0), jnp.zeros(3), 1, x=X)[0]
     F = fb.score_covariance(poisson, jnp.zeros(3), X)
     np.testing.assert_allclose(path[0], -0.5 * jax.grad(loss)(jnp.zeros(3)) / jnp.diag(F), rtol=1e-10)
+
+
+def test_schedules_and_momentum_by_hand():
+    rate, level = optax.linear_schedule(1.0, 0.2, 4), optax.exponential_decay(0.5, 1, 0.5)
+    path, _, _ = run(natural_gradient(poisson, rate, damping=level, momentum=0.6), jnp.zeros(3), 5, x=X)
+    theta, running = np.zeros(3), np.zeros(3)
+    for i in range(5):
+        F = fb.score_covariance(poisson, theta, X) + float(level(i)) * np.eye(3)
+        running = 0.6 * running + np.linalg.solve(F, jax.grad(loss)(theta))
+        theta = theta - float(rate(i)) * running
+        np.testing.assert_allclose(path[i], theta, rtol=1e-9)
+
+
+def net(theta, x):
+    return dist.Categorical(logits=jnp.tanh(x @ theta["W"]) @ theta["V"])
+
+
+NET = {"V": jax.random.normal(jax.random.key(2), (2, 3)), "W": jax.random.normal(jax.random.key(3), (3, 2))}
+CLASS = jax.random.randint(jax.random.key(4), (40,), 0, 3)
+
+
+def net_loss(theta):
+    return -net(theta, X).log_prob(CLASS).mean()
+
+
+HELD = dict(every=2, averaging=0.5, example=X[:1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(damping=LevenbergMarquardt(), momentum=0.5, trust_radius=0.1),
+        dict(damping=LevenbergMarquardt(), law=fb.Data, **HELD),
+        dict(curvature=kronecker_fisher, damping=0.1, **HELD),
+        dict(curvature=diagonal_fisher, damping=0.1, law=lambda key: fb.MonteCarlo(key, 2), **HELD),
+        dict(curvature=low_rank_fisher, damping=0.1, every=2, example=X),
+    ],
+    ids=["adaptive", "adaptive, held", "Kronecker", "diagonal, drawn", "low rank"],
+)
+def test_state_saved_to_a_file_resumes_in_a_new_optimiser(options, tmp_path):
+    keys = jax.random.split(jax.random.key(5), 6)
+
+    def go(optimiser, theta, state, keys):
+        given = dict(x=X, y=CLASS, value_fn=net_loss)
+        step = jax.jit(lambda t, s, key: optimiser.update(jax.grad(net_loss)(t), s, t, key=key, **given))
+        for key in keys:
+            updates, state = step(theta, state, key)
+            theta = optax.apply_updates(theta, updates)
+        return theta, state
+
+    optimiser, new = natural_gradient(net, 0.5, **options), natural_gradient(net, 0.5, **options)
+    middle = go(optimiser, NET, optimiser.init(NET), keys[:3])
+    np.savez(tmp_path / "state", *jax.tree.leaves(middle))
+    saved = np.load(tmp_path / "state.npz")
+    restored = jax.tree.unflatten(jax.tree.structure((NET, new.init(NET))), [jnp.asarray(saved[k]) for k in saved])
+    ends = go(optimiser, *middle, keys[3:]), go(new, *restored, keys[3:])
+    for one, other in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("value", ["higher", "nan"])
+def test_a_step_that_increases_the_loss_is_not_taken_but_counted(value, jit):
+    optimiser = natural_gradient(poisson, damping=LevenbergMarquardt(initial=0.5, factor=3.0))
+    theta = jnp.zeros(3)
+    value_fn = loss if value == "higher" else lambda t: loss(t) + jnp.where(jnp.any(t != 0), jnp.nan, 0.0)
+    uphill = jax.grad(loss)(theta) * (-1 if value == "higher" else 1)
+    step = lambda g, state: optimiser.update(g, state, theta, x=X, value_fn=value_fn)
+    updates, state = (jax.jit(step) if jit else step)(uphill, optimiser.init(theta))
+    np.testing.assert_array_equal(updates, 0)
+    assert (state.rejected, state.count, state.kl) == (1, 1, 0)
+    np.testing.assert_allclose(state.damping, 1.5)
+    assert state.reduction < 0
+
+
+@pytest.mark.parametrize("curvature", [dense_fisher, diagonal_fisher, kronecker_fisher])
+def test_a_batch_of_another_length_than_before(curvature):
+    """The mean of the curvatures of 40 and of 7 inputs, with a state made from one."""
+    optimiser = natural_gradient(poisson, curvature=curvature, damping=0.1, averaging=0.25, example=X[:1])
+    theta = jnp.array([0.1, 0.2, -0.1])
+    state, grads = optimiser.init(theta), jax.grad(loss)(theta)
+    _, state = optimiser.update(grads, state, theta, x=X)
+    updates, _ = optimiser.update(grads, state, theta, x=X[:7])
+    F = curvature(poisson, theta, X).average(curvature(poisson, theta, X[:7]), 0.75)
+    np.testing.assert_allclose(updates, -np.linalg.solve(F.as_matrix() + 0.1 * np.eye(3), grads), rtol=1e-9)
+
+
+def test_trust_radius_holds_for_the_sum_with_momentum():
+    radius = 1e-3
+    optimiser = natural_gradient(poisson, damping=0.0, momentum=0.9, trust_radius=radius)
+    theta, state = jnp.zeros(3), optimiser.init(jnp.zeros(3))
+    for _ in range(4):
+        F = fb.score_covariance(poisson, theta, X)
+        updates, state = optimiser.update(jax.grad(loss)(theta), state, theta, x=X)
+        np.testing.assert_allclose(updates @ F @ updates / 2, state.kl, rtol=1e-9)
+        assert state.kl <= radius * (1 + 1e-12)
+        theta = theta + updates
+
+
+def test_gradients_of_another_shape():
+    optimiser = natural_gradient(poisson)
+    with pytest.raises(ValueError, match="gradients have the shapes"):
+        optimiser.update(jnp.ones((3, 1)), optimiser.init(jnp.zeros(3)), jnp.zeros(3), x=X)
+
+
+def test_held_curvature_needs_an_example_of_its_form():
+    with pytest.raises(ValueError, match="pass example="):
+        natural_gradient(poisson, every=2).init(jnp.zeros(3))
+    optimiser = natural_gradient(poisson, every=2, example=X[:1], curvature=fb.implicit_fisher)
+    with pytest.raises(ValueError, match="as many as the batches"):
+        optimiser.update(jnp.ones(3), optimiser.init(jnp.zeros(3)), jnp.zeros(3), x=X)
+
+
+def test_batches_give_the_same_step():
+    optimiser, g = natural_gradient(poisson), jax.grad(loss)(jnp.zeros(3))
+    whole, _ = optimiser.update(g, optimiser.init(jnp.zeros(3)), jnp.zeros(3), x=X)
+    pieces, _ = optimiser.update(g, optimiser.init(jnp.zeros(3)), jnp.zeros(3), x=fb.Batches([X[:15], X[15:]]))
+    np.testing.assert_allclose(pieces, whole, rtol=1e-10)
+
+
+def test_inside_a_wrapper_of_optax_that_traces_by_itself():
+    plain, g = natural_gradient(poisson), jax.grad(loss)(jnp.zeros(3))
+    wrapped = optax.apply_if_finite(plain, 3)
+    expected, _ = plain.update(g, plain.init(jnp.zeros(3)), jnp.zeros(3), x=X)
+    found, _ = wrapped.update(g, wrapped.init(jnp.zeros(3)), jnp.zeros(3), x=X)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)

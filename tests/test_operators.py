@@ -18,6 +18,13 @@ ALL = EXACT | {
     "Kronecker": kronecker_fisher,
     "Kronecker, corrected": partial(kronecker_fisher, corrected=True),
 }
+FIVE = {
+    "dense": dense_fisher,
+    "diagonal": diagonal_fisher,
+    "Kronecker": kronecker_fisher,
+    "low rank": low_rank_fisher,
+    "implicit": implicit_fisher,
+}
 
 
 def network(theta, x):
@@ -212,6 +219,53 @@ def test_singular_and_undamped_raises(built, structure):
             call()
 
 
+@pytest.mark.parametrize("structure", [name for name in ALL if name not in ("implicit", "diagonal")])
+def test_singular_and_undamped_raises_under_jit(structure):
+    model, theta, x = PROBLEMS["network, categorical (singular)"]
+    solve = jax.jit(lambda theta: ALL[structure](model, theta, x).solve(theta))
+    with pytest.raises(Exception, match="singular"):
+        jax.block_until_ready(solve(theta))
+
+
+@pytest.mark.parametrize("structure", list(FIVE))
+def test_vmap_over_theta_is_a_loop(structure):
+    model, build, x = PROBLEMS["logistic regression"][0], FIVE[structure], inputs(4)
+    thetas = {"constant": jnp.array([0.3, -1.0]), "slope": jnp.array([[1.0, -0.5], [0.2, 2.0]])}
+    v = jnp.array([1.0, -2.0, 0.5])
+
+    def of(theta):
+        F = build(model, theta, x)
+        return F @ v, F.solve(v, 0.1), F.diagonal()
+
+    loop = [of(jax.tree.map(lambda a, i=i: a[i], thetas)) for i in range(2)]
+    for found, *expected in zip(jax.vmap(of)(thetas), *loop, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize("structure", list(FIVE))
+def test_gradients_in_theta(structure):
+    """Against central differences, whose error is h^2."""
+    build, x, theta, h = FIVE[structure], inputs(4), jnp.array([1.0, -0.5]), 1e-4
+    model = lambda t, x: dist.Poisson(jnp.exp(x @ t))
+
+    def number(theta):
+        F = build(model, theta, x)
+        return F.logdet(0.1) + F.trace() + F.solve(jnp.ones(2), 0.1).sum()
+
+    value = jax.jit(number)
+    central = [(value(theta + h * e) - value(theta - h * e)) / (2 * h) for e in jnp.eye(2)]
+    np.testing.assert_allclose(jax.grad(number)(theta), central, rtol=1e-5)
+
+
+@pytest.mark.parametrize("structure", list(FIVE))
+def test_one_parameter_and_an_empty_leaf(structure):
+    F = FIVE[structure](lambda t: dist.Normal(0.0, t["sd"]), {"none": jnp.zeros((0, 2)), "sd": 2.0})  # F = 2 / sd^2
+    np.testing.assert_allclose([F.trace(), *F.diagonal(), *F.solve(np.ones(1))], [0.5, 0.5, 2.0], rtol=1e-12)
+    assert F.solve({"none": jnp.zeros((0, 2)), "sd": 1.0})["none"].shape == (0, 2)
+    alone = FIVE[structure](lambda s: dist.Normal(0.0, s), 2.0)
+    np.testing.assert_allclose([alone @ 1.0, alone.solve(1.0), alone.logdet()], [0.5, 2.0, np.log(0.5)], rtol=1e-12)
+
+
 @each
 def test_bad_arguments(built, structure):
     F, M = built[structure, "network, normal"]
@@ -270,6 +324,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     drawn = oracle(model, theta, x, law)
     v = jnp.linspace(-1, 1, len(whole))
     monkeypatch.setattr("fisherbook.root.CAP", 300)
+    monkeypatch.setattr("fisherbook.root.BLOCK", 300)
     monkeypatch.setattr("fisherbook.operators.implicit.CAP", 300)
     monkeypatch.setattr("fisherbook.operators.low_rank.CAP", 300)
     for each_law, F in ((fb.Exact(), whole), (law, drawn)):
@@ -329,6 +384,66 @@ def test_conjugate_gradients_that_do_not_converge():
     np.testing.assert_allclose(helped.solve(jnp.ones(17), 1e-3), exact.solve(jnp.ones(17), 1e-3), rtol=1e-5)
 
 
-def test_rank_below_one():
-    with pytest.raises(ValueError, match="rank must be at least 1"):
-        low_rank_fisher(*PROBLEMS["network, normal"], rank=0)
+def one_column_twice(t, x):
+    return dist.Normal(x[:, 0] * (t[0] + t[1]) + x[:, 1] * t[2], 1.0)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-18])
+def test_a_singular_matrix_is_refused_by_products_too(damping):
+    """The right side lies in the range of F: the residual of conjugate gradients is zero, and says nothing."""
+    F = implicit_fisher(one_column_twice, jnp.zeros(3), inputs(6))
+    v = dense_fisher(one_column_twice, jnp.zeros(3), inputs(6)) @ jnp.array([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="singular"):
+        F.solve(v, damping)
+    with pytest.raises(Exception, match="singular"):
+        jax.jit(lambda v, damping: F.solve(v, damping))(v, damping)
+
+
+def test_regular_and_undamped_under_jit():
+    model, theta, x = PROBLEMS["network, normal"]
+    v = jnp.linspace(-1, 1, 17)
+    expected = dense_fisher(model, theta, x).solve(v)
+    solved = jax.jit(lambda v: implicit_fisher(model, theta, x, rtol=1e-12).solve(v))(v)
+    np.testing.assert_allclose(solved, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+@each
+def test_vectors_of_another_type_and_vectors_that_are_not_finite(built, structure):
+    F, _ = built[structure, "logistic regression"]
+    for v in (np.array([1, 0, 2]), np.array([1, 0, 2], np.float32)):
+        np.testing.assert_allclose(F @ v, F @ v.astype(float), rtol=1e-12)
+        np.testing.assert_allclose(F.solve(v, 0.1), F.solve(v.astype(float), 0.1), rtol=1e-7)
+    with pytest.raises(ValueError, match="v holds NaN"):
+        F.solve(np.array([1, np.nan, 2]), 0.1)
+
+
+def test_damping_that_was_computed_outside_a_program():
+    F, damping = dense_fisher(*PROBLEMS["logistic regression"]), jnp.zeros(()) + 0.1
+    v = jnp.ones(3)
+    np.testing.assert_allclose(jax.jit(lambda v: F.solve(v, damping))(v), F.solve(v, 0.1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_model_that_uses_no_parameter(corrected):
+    F = kronecker_fisher(lambda t, x: dist.Normal(x[:, 0], 1.0), jnp.ones(2), inputs(6), corrected=corrected)
+    np.testing.assert_array_equal(F.as_matrix(), np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda *problem: low_rank_fisher(*problem, rank=0), ValueError, "rank must be a whole number"),
+        (lambda *problem: low_rank_fisher(*problem, rank=1.5), ValueError, "rank must be a whole number"),
+        (lambda *problem: implicit_fisher(*problem, rtol=10), ValueError, "rtol is a relative residual"),
+        (lambda *problem: implicit_fisher(*problem, max_steps=0), ValueError, "max_steps must be at least 1"),
+        (lambda *problem: implicit_fisher(*problem, preconditioner=np.eye(3)), TypeError, "preconditioner must be"),
+        (
+            lambda *problem: implicit_fisher(*problem).trace_estimate(jax.random.key(0), 1),
+            ValueError,
+            "at least 2 draws",
+        ),
+    ],
+)
+def test_bad_options(call, error, message):
+    with pytest.raises(error, match=message):
+        call(*PROBLEMS["logistic regression"])

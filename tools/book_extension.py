@@ -23,6 +23,7 @@ from jupyter_cache import get_cache
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
+from tools import benchmark_tables
 from tools.inputs import documents
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +82,7 @@ def fill_page(app: Sphinx, docname: str, source: list[str]) -> None:
             if app.env.doc2path(docname).endswith(".ipynb"):  # the text stands in a JSON string
                 text = json.dumps(text)[1:-1]
             source[0] = source[0].replace(mark, text)
+    source[0] = benchmark_tables.fill(source[0], ROOT)
 
 
 def chapter_list(app: Sphinx) -> str:

@@ -38,7 +38,7 @@ def environment_fingerprint(root: Path) -> str:
 
 def book_fingerprint(root: Path) -> str:
     """Digest of everything the pages depend on."""
-    named = ["_config.yml", "_toc.yml", "pyproject.toml", "CHANGELOG.md"]
+    named = ["_config.yml", "_toc.yml", "pyproject.toml", "CHANGELOG.md", "benchmarks/results.json"]
     folders = ["book", "fisherbook", "tools"]
     files = [root / name for name in named] + [root / "genindex.md"]
     files += [path for folder in folders for path in (root / folder).rglob("*")]

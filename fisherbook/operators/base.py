@@ -13,7 +13,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from ..compilation import hide_constants, run
-from ..model import is_traced, parameter_names
+from ..model import is_traced, parameter_names, require
 
 
 class Vector:
@@ -21,13 +21,13 @@ class Vector:
 
     def __init__(self, v: Any, theta: Any) -> None:
         d = sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(theta))
+        dtype = jnp.result_type(*jax.tree.leaves(theta))  # a vector of another type is converted
         like_theta = jax.tree.structure(v) == jax.tree.structure(theta) and all(
             jnp.shape(a) == jnp.shape(b) for a, b in zip(jax.tree.leaves(v), jax.tree.leaves(theta), strict=True)
         )
         if like_theta:
-            self.matrix, self.back = ravel_pytree(v)
-            self.matrix = _hidden(self.matrix)[:, None]
-            unravel = self.back
+            flat, unravel = ravel_pytree(v)
+            self.matrix = _hidden(flat.astype(dtype))[:, None]
             self.back = lambda out: unravel(out[:, 0])
             return
         if not hasattr(v, "shape") or np.ndim(v) not in (1, 2) or np.shape(v)[0] != d:
@@ -36,7 +36,7 @@ class Vector:
                 f"{getattr(v, 'shape', None) or jax.tree.structure(v)}"
             )
         array = jnp.asarray(v)
-        self.matrix = _hidden(array).reshape(d, -1)
+        self.matrix = _hidden(array.astype(dtype)).reshape(d, -1)
         self.back = lambda out: out.reshape(array.shape)
 
 
@@ -57,9 +57,9 @@ def damping_vector(damping: Any, theta: Any) -> jax.Array:
         )[0]
     else:
         raise ValueError("damping must be a number or a pytree with one number per leaf of theta")
-    if not is_traced(value) and not bool(jnp.all(value >= 0) & jnp.all(jnp.isfinite(value))):
-        raise ValueError(f"damping must be finite and not negative, got {damping}")
-    return value
+    ok = jnp.all((value >= 0) & jnp.isfinite(value))
+    short = "damping must be finite and not negative"
+    return require(ok, value, short if is_traced(ok) else f"{short}, got {damping}")
 
 
 class Fisher(eqx.Module):
@@ -115,10 +115,11 @@ class Fisher(eqx.Module):
             w in the form of v.
 
         Raises:
-            ValueError: F + damping is singular; the message names the null direction.
+            ValueError: F + damping is singular, and the message names the null direction; v is not finite.
         """
         vector, damp = Vector(v, self.theta), damping_vector(damping, self.theta)
-        return vector.back(self._solve(vector.matrix, damp / self.scale) / self.scale)
+        V = require(jnp.all(jnp.isfinite(vector.matrix)), vector.matrix, "the right side v holds NaN or infinity")
+        return vector.back(self._solve(V, damp / self.scale) / self.scale)
 
     def as_matrix(self) -> jax.Array:
         """The matrix [d, d]."""
@@ -142,6 +143,14 @@ class Fisher(eqx.Module):
         damp = damping_vector(damping, self.theta)
         white = jax.random.normal(key, (self.d, int(np.prod(shape))), self.dtype)
         return (self._inverse_root(white, damp / self.scale) / jnp.sqrt(self.scale)).T.reshape(*shape, self.d)
+
+    def inverse_diagonal(self, damping: Any = 0.0) -> jax.Array:
+        """The diagonal [d] of (F + damping I)^-1: variances, n times too large for n observations."""
+        damp = damping_vector(damping, self.theta)
+        return run(lambda F, damp: F._inverse_diagonal(damp), self, damp / self.scale) / self.scale
+
+    def _inverse_diagonal(self, damping: jax.Array) -> jax.Array:
+        return jnp.sum(self._inverse_root(jnp.eye(self.d, dtype=self.dtype), damping) ** 2, 1)
 
     @abc.abstractmethod
     def _logdet(self, damping: jax.Array) -> jax.Array: ...

@@ -33,7 +33,8 @@ class Factor(eqx.Module):
     def of(matrix: jax.Array) -> Factor:
         if matrix.ndim == 1:
             return Factor(matrix, matrix, None)
-        values, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
+        # the barrier keeps LAPACK's order of columns from reaching back into the products that made the matrix
+        values, vectors = jnp.linalg.eigh(jax.lax.optimization_barrier((matrix + matrix.T) / 2))
         return Factor(matrix, jnp.maximum(values, 0), vectors)
 
     @property

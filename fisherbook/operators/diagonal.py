@@ -42,6 +42,9 @@ class DiagonalFisher(Fisher):
     def _solve(self, V: jax.Array, damping: jax.Array) -> jax.Array:
         return V / self._damped(damping)[:, None]
 
+    def _inverse_diagonal(self, damping: jax.Array) -> jax.Array:
+        return 1 / self._damped(damping)
+
     def _logdet(self, damping: jax.Array) -> jax.Array:
         return jnp.sum(jnp.log(self._damped(damping)))
 

@@ -16,21 +16,22 @@ from ..model import Model, flatten, is_traced, require
 from ..root import CAP, Root, dense_rows, linearize, make_root, over_blocks, residuals, row_shape, transpose
 from . import layered
 from .base import Fisher
-from .dense import law_name
+from .dense import gram_of_columns, law_name
 from .diagonal import squared_columns, squared_norm
 from .factor import cholesky
 from .streamed import LARGEST, StreamedFisher
 from .woodbury import Thin
 
+SMALL, MOST = 4096, 10_000  # parameters up to which an undamped solve forms F; most steps of conjugate gradients
 UNIT = 1e-12  # of a solution inside lineax, which would judge its changes by the size of v: the residual alone decides
 
 
 class ImplicitFisher(Fisher):
     """F through its products R^T (R v), with R linearised once.
 
-    `solve` works in the space of R's rows where these are fewer than the parameters and damping is positive, and by
-    conjugate gradients to the relative residual `rtol` otherwise. Determinants and draws go through the smaller side of
-    R, up to 8192.
+    `solve` works in the space of R's rows where these are fewer than the parameters and damping is positive. Otherwise
+    it runs conjugate gradients to the relative residual `rtol`; without damping it forms F, up to 4096 parameters.
+    Determinants and draws go through the smaller side of R, up to 8192.
     """
 
     root: Root
@@ -87,10 +88,9 @@ class ImplicitFisher(Fisher):
             return require(jnp.all(jnp.isfinite(w)), w, hint)
         if thin:
             return run(lambda F, V, damping: F._thin(damping).solve(V), self, V, self._positive(damping))
-        damped = True if is_traced(damping) else bool(jnp.all(damping > 0))
-        w, error, probe = run(
-            lambda F, V, damping: F._conjugate_gradients(V, damping, probe=not damped), self, V, damping
-        )
+        if self.d <= SMALL and not is_traced(damping, V, self.root) and not bool(jnp.all(damping > 0)):
+            return self._by_matrix(V, damping)
+        w, error, probe = run(lambda F, V, damping: F._conjugate_gradients(V, damping), self, V, damping)
         tolerance = max(10 * self.rtol, 1e3 * float(jnp.finfo(V.dtype).eps))
         w = require(probe <= 1e-3, w, lambda: self._stuck("F is singular to working precision", probe))
         return require(error <= tolerance, w, lambda: self._stuck("conjugate gradients did not converge", error))
@@ -106,14 +106,20 @@ class ImplicitFisher(Fisher):
         )
         return require(jnp.all(damping > 0), damping, hint)
 
-    def _conjugate_gradients(self, V: jax.Array, damping: jax.Array, probe: bool) -> tuple[jax.Array, ...]:
+    def _by_matrix(self, V: jax.Array, damping: jax.Array) -> jax.Array:
+        """Without damping a matrix tells at once whether F is singular, conjugate gradients only in the end."""
+        F = run(gram_of_columns, self.root)
+        factor = cholesky(F + jnp.diag(jnp.broadcast_to(damping, self.d)), lambda: self.names)
+        return jax.scipy.linalg.cho_solve((factor, True), V)
+
+    def _conjugate_gradients(self, V: jax.Array, damping: jax.Array) -> tuple[jax.Array, ...]:
         import lineax as lx
 
         product = self._product()
         one = lambda v: product(v[:, None])[:, 0] + damping * v
         form = jax.ShapeDtypeStruct((self.d,), V.dtype)
         operator = lx.FunctionLinearOperator(lambda v: one(v / UNIT), form, lx.positive_semidefinite_tag)
-        steps = self.max_steps or max(1000, 10 * self.d)
+        steps = self.max_steps or min(max(1000, 10 * self.d), MOST)
         options = {}
         if self.preconditioner is not None:
             before = self.preconditioner
@@ -131,12 +137,12 @@ class ImplicitFisher(Fisher):
 
         W = jax.lax.map(solve, V.T)
         error = jnp.max(jax.vmap(relative)(W, V.T))
-        if not probe:
-            return W.T, error, jnp.zeros(())
         # without damping: a null direction of F is invisible in W, and visible in a vector that has a part in it
-        z = jax.random.normal(jax.random.key(0), (self.d,), V.dtype) / jnp.sqrt(jnp.maximum(jnp.linalg.norm(V), 1))
-        back = solve(one(z))
-        return W.T, error, jnp.linalg.norm(back - z) / jnp.linalg.norm(z)
+        z = jax.random.normal(jax.random.key(0), (self.d,), V.dtype)
+        Fz = one(z)
+        undamped = jnp.min(damping) <= jnp.finfo(V.dtype).eps * jnp.linalg.norm(Fz) / jnp.linalg.norm(z)
+        lost = lambda: jnp.linalg.norm(solve(Fz) - z) / jnp.linalg.norm(z)
+        return W.T, error, jax.lax.cond(undamped, lost, lambda: jnp.zeros((), V.dtype))
 
     def _in_row_space(self, V: jax.Array, damping: jax.Array) -> jax.Array:
         """(V - R^T (R R^T + damping)^-1 R V) / damping, corrected once by its own residual."""
@@ -188,6 +194,8 @@ class ImplicitFisher(Fisher):
         """The trace from random signs (Hutchinson, 1990), and the standard error of that estimate."""
         from matfree import stochtrace
 
+        if draws < 2:
+            raise ValueError(f"a standard error needs at least 2 draws, got {draws}")
         sampler = stochtrace.sampler_signs(self.root.flat, num=draws)
         estimate = stochtrace.estimator_monte_carlo_mean_and_sem(stochtrace.monte_carlo_trace(), sampler)
         mean, error = run(lambda F, key: estimate(lambda v: F._multiply(v[:, None])[:, 0], key), self, key)
@@ -212,7 +220,7 @@ def implicit_fisher(
         x: inputs with leading axis n, or `Batches` of them, for a conditional model; F is the mean over them.
         law: `Exact()`, `MonteCarlo(key, draws)` with error O(1/sqrt(draws)), or `Data(y)`, the empirical Fisher.
         rtol: relative residual at which conjugate gradients stop; in float32 no less than 1e-6 can be reached.
-        max_steps: most conjugate gradient steps, by default the larger of 1000 and 10 d.
+        max_steps: most conjugate gradient steps, by default 10 d, but between 1000 and 10 000.
         preconditioner: approximate inverse of F + damping: a function from [d] to [d], or another operator, whose
             `solve` is used.
 
@@ -231,6 +239,7 @@ def implicit_fisher(
 
     Derived in the chapter "Fisher at scale". Source: Schraudolph (2002), section 3; Martens (2020), section 8.
     """
+    _check_options(rtol, max_steps, preconditioner)
     if isinstance(x, Batches):
         flat, unravel = flatten(theta)
         rtol = max(rtol, 10 * float(jnp.finfo(flat.dtype).eps))
@@ -253,3 +262,14 @@ def implicit_fisher(
     return ImplicitFisher(
         root.theta, jnp.ones((), dtype), law_name(law), root, kept, rtol, max_steps, preconditioner, form
     )
+
+
+def _check_options(rtol: float, max_steps: int | None, preconditioner: Any) -> None:
+    if not 0 < rtol < 1:
+        raise ValueError(f"rtol is a relative residual, between 0 and 1, got {rtol}")
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    if preconditioner is not None and not (callable(preconditioner) or isinstance(preconditioner, Fisher)):
+        raise TypeError(
+            f"preconditioner must be a function from [d] to [d] or an operator, got {type(preconditioner).__name__}"
+        )

@@ -79,6 +79,11 @@ class KroneckerFisher(Fisher):
         total = iter(self._damped(damping))
         return self._each(V, lambda block, v: block.back(block.into(v) / next(total)[..., None]))
 
+    def _inverse_diagonal(self, damping: jax.Array) -> jax.Array:
+        total = iter(self._damped(damping))
+        each = lambda block, _: replace(block, values=1 / next(total), corrected=True).diagonal()[:, None]
+        return self._each(jnp.zeros((self.d, 1), self.dtype), each)[:, 0]
+
     def _logdet(self, damping: jax.Array) -> jax.Array:
         return jnp.sum(jnp.stack([jnp.sum(jnp.log(total)) for total in self._damped(damping)]))
 
@@ -160,7 +165,8 @@ def kronecker_fisher(
 
     checked, found = mean_over_rows(model, theta, x, law, moments)
     plan = plans[0]
-    blocks = run(lambda m: _blocks(m, plan), found)
+    dtype = jnp.result_type(*jax.tree.leaves(checked))
+    blocks = run(lambda m: _blocks(m, plan, dtype), found)
     if corrected and plan.layers is not None:
 
         def squares(root: Root) -> Any:
@@ -175,9 +181,9 @@ def kronecker_fisher(
     return KroneckerFisher(checked, jnp.ones((), blocks[0].values.dtype), law_name(law), blocks)
 
 
-def _blocks(moments: Any, plan: Plan) -> tuple[Block, ...]:
+def _blocks(moments: Any, plan: Plan, dtype: Any) -> tuple[Block, ...]:
     products, wholes = moments
-    one = jnp.ones(1, jax.tree.leaves(moments)[0].dtype)
+    one = jnp.ones(1, dtype)
     found = []
     for k, (A, G) in zip(plan.product, products, strict=True):
         assert plan.layers is not None
@@ -200,7 +206,8 @@ def _moments(root: Root, plan: Plan) -> tuple[list[tuple[jax.Array, jax.Array]],
     products = []
     for k in plan.product:
         layer, a, g = layers.found[k], activations[k], backward[k]
-        G = jnp.einsum("nrto,nrtp->op", g, g)
+        g = g.reshape(-1, g.shape[-1])
+        G = g.T @ g
         products.append((_second_moment(layer, a, weight / layer.positions), G))
     wholes = []
     for whole in plan.whole:
@@ -221,7 +228,8 @@ def _second_moment(layer: Layer, a: jax.Array, weight: jax.Array) -> jax.Array:
         counts = jnp.zeros(layer.weight.shape[0], weight.dtype)
         return counts.at[a].add(jnp.broadcast_to(weight[:, None], a.shape), mode="drop")
     a = layered.with_bias(layer, a)
-    return jnp.einsum("nti,ntj,n->ij", a, a, weight)
+    weighted = (a * weight[:, None, None]).reshape(-1, a.shape[-1])
+    return weighted.T @ a.reshape(weighted.shape)
 
 
 def _second_moments(root: Root, plan: Plan, blocks: Sequence[Block]) -> list[jax.Array]:

@@ -66,6 +66,9 @@ class LowRankFisher(Fisher):
             return jax.scipy.linalg.cho_solve((self._dense(damping), True), V)
         return self._thin(damping).solve(V)
 
+    def _inverse_diagonal(self, damping: jax.Array) -> jax.Array:
+        return super()._inverse_diagonal(damping) if self._full else self._thin(damping).inverse_diagonal()
+
     def _logdet(self, damping: jax.Array) -> jax.Array:
         if self._full:
             return 2 * jnp.sum(jnp.log(jnp.diagonal(self._dense(damping))))
@@ -122,8 +125,8 @@ def low_rank_fisher(
 
     Derived in the chapter "Fisher at scale". Source: Halko, Martinsson and Tropp (2011), section 4.5.
     """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+    if not isinstance(rank, (int, np.integer)) or rank < 1:
+        raise ValueError(f"rank must be a whole number of at least 1, got {rank}")
     if isinstance(x, Batches):
         checked, values, vectors, trace = _streamed(model, theta, x, law, rank)
     else:

@@ -67,7 +67,7 @@ class StreamedFisher(Fisher):
         if self.preconditioner is not None:
             call = self.preconditioner.solve if isinstance(self.preconditioner, Fisher) else self.preconditioner
             before = LinearOperator((self.d, self.d), matvec=lambda r: np.asarray(call(jnp.asarray(r))), dtype=dtype)
-        steps = self.max_steps or max(1000, 10 * self.d)
+        steps = self.max_steps or min(max(1000, 10 * self.d), 10_000)
 
         def solve(v: np.ndarray) -> np.ndarray:
             w, failed = cg(A, v, rtol=self.rtol, atol=0.0, maxiter=steps, M=before)

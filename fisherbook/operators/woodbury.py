@@ -41,6 +41,9 @@ class Thin(NamedTuple):
     def solve(self, V: jax.Array) -> jax.Array:
         return self._divide(self._spread(self._divide(V), -self.t2 / (1 + self.t2)))
 
+    def inverse_diagonal(self) -> jax.Array:
+        return (1 - self.P**2 @ (self.t2 / (1 + self.t2))) / self.root**2
+
     def logdet(self) -> jax.Array:
         return jnp.sum(jnp.log1p(self.t2)) + 2 * self.d / self.root.size * jnp.sum(jnp.log(self.root))
 

@@ -1,0 +1,139 @@
+"""The outputs of a model in unconstrained coordinates, and the distribution that given outputs make."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+
+from ..families import find_family
+from ..model import Model, call
+from ..root import depends
+
+
+class Output(NamedTuple):
+    """One parameter of a distribution: its name, its shape for one row, and whether it is a vector of probabilities."""
+
+    name: str
+    shape: tuple[int, ...]
+    classes: bool
+
+
+class Head(NamedTuple):
+    """The parameters of a model's distribution that theta moves, q numbers for each row."""
+
+    outputs: tuple[Output, ...]
+    events: int  # dimensions that `Independent` adds to the event
+
+    @property
+    def q(self) -> int:
+        return sum(int(np.prod(o.shape)) for o in self.outputs)
+
+
+def find_head(model: Model, theta: Any, x: Any) -> Head:
+    """Read off one row of inputs which parameters theta moves."""
+    one = None if x is None else jax.tree.map(lambda a: jnp.asarray(a)[:1], x)
+    whole = call(model, theta, one)
+    inner, events = _innermost(whole)
+    names = _names(inner)
+    rows = 0 if x is None else 1
+    moved = depends(lambda t: tuple(jnp.asarray(getattr(_innermost(call(model, t, one))[0], n)) for n in names), theta)
+    outputs = []
+    for name in (n for n, moves in zip(names, moved, strict=True) if moves):
+        value = jnp.asarray(getattr(inner, name))
+        axes = _event_axes(inner, name)
+        shape = (*inner.batch_shape[rows:], *value.shape[value.ndim - axes :])
+        outputs.append(Output(name, tuple(shape), name == "probs" and axes > 0))
+    if not outputs:
+        raise ValueError("theta moves no parameter of the model's distribution, so it has no outputs to predict with")
+    return Head(tuple(outputs), events)
+
+
+def read(model: Model, theta: Any, x: Any, head: Head) -> jax.Array:
+    """Outputs [n, q], in coordinates that have no edge."""
+    inner, _ = _innermost(call(model, theta, x))
+    n = 1 if x is None else inner.batch_shape[0]
+    found = []
+    for o in head.outputs:
+        value = jnp.asarray(getattr(inner, o.name))
+        rows = () if x is None else (n,)
+        value = jnp.broadcast_to(value, (*rows, *o.shape))
+        found.append(_free(inner, o, value).reshape(n, -1))
+    return jnp.concatenate(found, 1)
+
+
+def rebuild(model: Model, theta: Any, x: Any, head: Head, outputs: jax.Array) -> Any:
+    """The distribution with the outputs [n, *more, q] in place of the model's own, with batch [n, *more]."""
+    inner, _ = _innermost(call(model, theta, x))
+    batch = outputs.shape[:-1] if x is not None else outputs.shape[1:-1]
+    extra = len(outputs.shape) - 2
+    rows = 0 if x is None else 1
+    sites = inner.batch_shape[rows:]
+    arguments = {}
+    for name in _arguments(inner):
+        value = jnp.asarray(getattr(inner, name))
+        axes = _event_axes(inner, name)
+        event = value.shape[value.ndim - axes :] if axes else ()
+        value = jnp.broadcast_to(value, (*inner.batch_shape, *event))
+        arguments[name] = value.reshape(*inner.batch_shape[:rows], *[1] * extra, *sites, *event)
+    at = 0
+    for o in head.outputs:
+        size = int(np.prod(o.shape))
+        value = outputs[..., at : at + size].reshape(*batch, *o.shape)
+        arguments[o.name] = _bound(inner, o, value)
+        at += size
+    built = type(inner)(**arguments)
+    return built.to_event(head.events) if head.events else built
+
+
+def _innermost(d: Any) -> tuple[Any, int]:
+    events = 0
+    while type(d) is dist.Independent:
+        events += d.reinterpreted_batch_ndims
+        d = d.base_dist
+    return d, events
+
+
+def _names(d: Any) -> tuple[str, ...]:
+    family = find_family(d)
+    if family is not None:
+        return tuple(name for name in family.parameters if name not in family.fixed)
+    constraints = getattr(d, "arg_constraints", {})
+    names = tuple(name for name in constraints if name in d.__dict__)
+    if not names:
+        raise ValueError(f"{type(d).__name__} does not say what its parameters are (arg_constraints)")
+    return names
+
+
+def _arguments(d: Any) -> list[str]:
+    """Parameters of the constructor that the distribution keeps."""
+    known = inspect.signature(type(d).__init__).parameters
+    return [name for name in known if name in getattr(d, "arg_constraints", {}) and hasattr(d, name)]
+
+
+def _event_axes(d: Any, name: str) -> int:
+    return next((c[name].event_dim for cls in type(d).__mro__ if name in (c := getattr(cls, "arg_constraints", {}))), 0)
+
+
+def _free(d: Any, o: Output, value: jax.Array) -> jax.Array:
+    if o.name == "logits" or o.name == "loc":
+        return value
+    if o.name == "probs":
+        return jnp.log(value) if o.classes else jnp.log(value) - jnp.log1p(-value)
+    return dist.transforms.biject_to(_constraint(d, o.name)).inv(value)
+
+
+def _bound(d: Any, o: Output, value: jax.Array) -> jax.Array:
+    if o.name == "logits" or o.name == "loc":
+        return value
+    if o.name == "probs":
+        return jax.nn.softmax(value, -1) if o.classes else jax.nn.sigmoid(value)
+    return dist.transforms.biject_to(_constraint(d, o.name))(value)
+
+
+def _constraint(d: Any, name: str) -> Any:
+    return next(c[name] for cls in type(d).__mro__ if name in (c := getattr(cls, "arg_constraints", {})))

@@ -1,0 +1,152 @@
+"""Predictions of a Laplace posterior: the normal law of the outputs, and the law of new observations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+
+from ..compilation import run
+from ..model import row_count
+from ..root import CAP
+from .outputs import Head, find_head, read, rebuild
+
+METHODS = ("linear", "probit", "bridge", "linear_samples", "samples")
+
+
+def output_distribution(posterior: Any, x: Any, joint: bool) -> Any:
+    head = find_head(posterior.model, posterior.mean, x)
+    mean, covariance = _joint(posterior, x, head) if joint else _moments(posterior, x, head)
+    return _normal(mean, covariance)
+
+
+def predictive(posterior: Any, x: Any, method: str | None, key: Any, draws: int, joint: bool) -> Any:
+    head = find_head(posterior.model, posterior.mean, x)
+    names = [o.name for o in head.outputs]
+    whole = posterior.model(posterior.mean) if x is None else posterior.model(posterior.mean, x)
+    inner = whole.base_dist if type(whole) is dist.Independent else whole
+    linear = type(inner) is dist.Normal and names == ["loc"]
+    classes = isinstance(inner, (dist.CategoricalLogits, dist.CategoricalProbs))
+    binary = isinstance(inner, (dist.BernoulliLogits, dist.BernoulliProbs)) and not head.events
+    fits = {"linear": linear, "probit": classes or binary, "bridge": classes, "linear_samples": True, "samples": True}
+    if method is None:
+        method = next(m for m in METHODS if fits[m])
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not fits[method]:
+        can = ", ".join(m for m in METHODS if fits[m])
+        raise ValueError(
+            f"method={method!r} does not fit {type(inner).__name__} whose {', '.join(names)} move: use {can}"
+        )
+    if joint and method != "linear":
+        raise ValueError(f"joint=True needs method='linear', got {method!r}")
+    if method in ("linear_samples", "samples"):
+        if key is None:
+            raise ValueError(f"method={method!r} draws: pass key=")
+        return _mixture(posterior, x, head, method, key, draws)
+    mean, covariance = _joint(posterior, x, head) if joint else _moments(posterior, x, head)
+    if method == "linear":
+        noise = jnp.broadcast_to(inner.scale, inner.batch_shape).reshape(mean.shape) ** 2
+        return _normal(mean, covariance + noise[..., None] * jnp.eye(mean.shape[-1]), scalar=not (head.events or joint))
+    variance = jnp.diagonal(covariance, axis1=-2, axis2=-1)
+    if method == "probit":
+        logits = mean / jnp.sqrt(1 + jnp.pi / 8 * variance)
+        return (
+            dist.Categorical(probs=jax.nn.softmax(logits))
+            if classes
+            else dist.Bernoulli(probs=jax.nn.sigmoid(logits[..., 0]))
+        )
+    return dist.Categorical(probs=_bridge(mean, covariance))
+
+
+def _bridge(mean: jax.Array, covariance: jax.Array) -> jax.Array:
+    """Mean of the Dirichlet law that the Laplace bridge assigns to normal logits, given that their sum is zero."""
+    K, to_sum = mean.shape[-1], jnp.sum(covariance, -1)
+    total = jnp.sum(to_sum, -1)[..., None]
+    share = jnp.where(total > 0, to_sum / jnp.where(total > 0, total, 1), 1 / K)
+    mean = mean - share * jnp.sum(mean, -1, keepdims=True)
+    variance = jnp.diagonal(covariance, axis1=-2, axis2=-1) - to_sum * share
+    alpha = (1 - 2 / K + jnp.exp(mean) / K**2 * jnp.sum(jnp.exp(-mean), -1, keepdims=True)) / variance
+    return alpha / jnp.sum(alpha, -1, keepdims=True)
+
+
+def _normal(mean: jax.Array, covariance: jax.Array, scalar: bool = False) -> Any:
+    if scalar:
+        return dist.Normal(mean[..., 0], jnp.sqrt(covariance[..., 0, 0]))
+    tiny = jnp.finfo(mean.dtype).eps * jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None]
+    return dist.MultivariateNormal(mean, covariance + (tiny + jnp.finfo(mean.dtype).tiny) * jnp.eye(mean.shape[-1]))
+
+
+def _jacobian(posterior: Any, one: Any, head: Head) -> jax.Array:
+    """d outputs / d mean for one row of inputs, [q, d]."""
+    unravel = jax.flatten_util.ravel_pytree(posterior.mean)[1]
+    x = None if one is None else jax.tree.map(lambda a: a[None], one)
+    f = lambda flat: read(posterior.model, unravel(flat), x, head)[0]
+    return (jax.jacrev if head.q < posterior.d else jax.jacfwd)(f)(posterior.flat)
+
+
+def _moments(posterior: Any, x: Any, head: Head) -> tuple[jax.Array, jax.Array]:
+    """Means [n, q] and covariances [n, q, q] of the linearised outputs, a block of inputs at a time."""
+
+    def all_rows(posterior: Any, x: Any) -> tuple[jax.Array, jax.Array]:
+        mean = read(posterior.model, posterior.mean, x, head)
+        forms = lambda J: posterior.precision.forms(jnp.swapaxes(J, 1, 2))
+        if x is None:
+            return mean, forms(_jacobian(posterior, None, head)[None])
+        n = row_count(x)
+        size = max(1, min(n, CAP // (4 * head.q * posterior.d)))
+        pad = -n % size
+        blocks = jax.tree.map(
+            lambda a: jnp.concatenate([a, jnp.repeat(a[:1], pad, 0)]).reshape(-1, size, *a.shape[1:]), x
+        )
+        block = lambda rows: forms(jax.vmap(lambda one: _jacobian(posterior, one, head))(rows))
+        return mean, jax.lax.map(block, blocks).reshape(-1, head.q, head.q)[:n]
+
+    x = None if x is None else jax.tree.map(jnp.asarray, x)
+    return run(all_rows, posterior, x)
+
+
+def _joint(posterior: Any, x: Any, head: Head) -> tuple[jax.Array, jax.Array]:
+    """Mean [n q] and covariance [n q, n q] of the outputs of all inputs."""
+
+    def all_rows(posterior: Any, x: Any) -> tuple[jax.Array, jax.Array]:
+        mean = read(posterior.model, posterior.mean, x, head).ravel()
+        if x is None:
+            J = _jacobian(posterior, None, head)
+        else:
+            J = jax.vmap(lambda one: _jacobian(posterior, one, head))(x).reshape(-1, posterior.d)
+        return mean, posterior.precision.forms(J.T[None])[0]
+
+    x = None if x is None else jax.tree.map(jnp.asarray, x)
+    return run(all_rows, posterior, x)
+
+
+def _mixture(posterior: Any, x: Any, head: Head, method: str, key: Any, draws: int) -> Any:
+    """An equal-weight mixture of the laws at drawn outputs [n, draws, q]."""
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
+    if method == "linear_samples":
+        mean, covariance = _moments(posterior, x, head)
+        values, vectors = jnp.linalg.eigh(covariance)  # covariances may be singular
+        white = jax.random.normal(key, (*mean.shape[:1], draws, head.q), mean.dtype)
+        outputs = mean[:, None] + jnp.einsum("nij,nsj->nsi", vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None], white)
+    else:
+        each = lambda theta: read(posterior.model, theta, x, head)
+        outputs = jnp.swapaxes(jax.lax.map(each, posterior.sample(key, (draws,)), batch_size=32), 0, 1)
+    parts = rebuild(posterior.model, posterior.mean, x, head, outputs)
+    if isinstance(parts, (dist.CategoricalLogits, dist.CategoricalProbs)):
+        return dist.Categorical(probs=jnp.mean(parts.probs, -2))  # a mixture of class probabilities is their mean
+    if _moving_support(parts):
+        name = type(parts).__name__
+        raise ValueError(f"numpyro has no mixture of {name}, whose support depends on a parameter: use draws of it")
+    shape = (draws,) if x is None else (len(outputs), draws)
+    return dist.MixtureSameFamily(dist.Categorical(probs=jnp.full(shape, 1 / draws)), parts)
+
+
+def _moving_support(d: Any) -> bool:
+    support = d.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return not isinstance(support, dist.constraints.ParameterFreeConstraint)

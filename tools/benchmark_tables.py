@@ -1,0 +1,103 @@
+"""The tables of the page "Benchmarks", from the file that `benchmarks/compare.py` writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+MARK = re.compile(r"<!-- benchmark (\w+) -->")
+LOOP = 20  # products in a row
+
+
+def fill(text: str, root: Path) -> str:
+    """The text with a table in place of each comment `<!-- benchmark NAME -->`."""
+    if not MARK.search(text):
+        return text
+    results = json.loads((root / "benchmarks" / "results.json").read_text(encoding="utf-8"))
+    return MARK.sub(lambda match: table(match[1], results), text)
+
+
+def table(name: str, results: dict[str, Any]) -> str:
+    if name == "machine":
+        return _machine(results)
+    if name == "versions":
+        return _versions(results)
+    rows = results["tasks"][name]["rows"]
+    if name == "inputs":
+        return _inputs(rows)
+    done = sorted((row for row in rows if "failed" not in row), key=lambda row: row["seconds"])
+    heads, cells = _columns(name, done)
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    lines += [[_name(row), *(_number(cell(row)) for cell in cells)] for row in done]
+    lines += [[_name(row), row["failed"], *[""] * (len(heads) - 2)] for row in rows if "failed" in row]
+    return _grid(lines)
+
+
+def _columns(name: str, rows: list[dict[str, Any]]) -> tuple[list[str], list[Any]]:
+    """Headings, and functions from a row to a number, a text, or None."""
+    seconds = lambda row: row["seconds"]
+    first = lambda row: max(row["first"] - row["seconds"], 0.0)
+    memory = lambda row: f"{row['memory']:.0f}"
+    error = lambda row: f"{row['error']:.0e}"
+    heads, cells = ["library", "seconds"], [seconds]
+    if name == "training":
+        heads, cells = ["library", "steps", "seconds"], [lambda row: str(row["steps"] or "more than 600"), seconds]
+        return [*heads, "first run, s", "memory, MB"], [*cells, first, memory]
+    if name == "matrix":
+        product = next(row["seconds"] for row in rows if "R^T R alone" in row["name"])
+        heads, cells = [*heads, "to $R^\\top R$"], [*cells, lambda row: row["seconds"] / product]
+    else:
+        calls = LOOP if name == "loop" else 1
+        heads, cells = [*heads, "to a gradient"], [*cells, lambda row: row["seconds"] / row["beside"] / calls]
+    return [*heads, "first call, s", "memory, MB", "error"], [*cells, first, memory, error]
+
+
+def _inputs(rows: list[dict[str, Any]]) -> str:
+    """One line for each function: seconds at every number of inputs, and the memory at the largest."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        function, n = row["name"].rsplit(", ", 1)
+        found.setdefault(function, {})[int(n)] = row
+    sizes = sorted(next(iter(found.values())))
+    heads = ["", *(f"{n:,}".replace(",", " ") for n in sizes), "seconds per million", "memory, MB"]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for function, at in found.items():
+        last = at[sizes[-1]]
+        times = [_number(at[n].get("seconds")) for n in sizes]
+        rate, memory = (
+            ("", "") if "failed" in last else (_number(last["seconds"] / sizes[-1] * 1e6), f"{last['memory']:.0f}")
+        )
+        lines.append([f"`{function}`", *times, rate, memory])
+    return _grid(lines)
+
+
+def _grid(lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _machine(results: dict[str, Any]) -> str:
+    machines = {(task["machine"], task["date"]) for task in results["tasks"].values()}
+    places = " and ".join(f"{machine}, on {date}" for machine, date in sorted(machines))
+    return f"Measured on a virtual machine: {places}."
+
+
+def _versions(results: dict[str, Any]) -> str:
+    lines = ["| environment | versions |", "| --- | --- |"]
+    for environment, versions in results["versions"].items():
+        lines.append(f"| {environment} | {', '.join(f'{name} {version}' for name, version in versions.items())} |")
+    return "\n".join(lines)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"**{row['name']}**" if row["name"].startswith("fisherbook") else str(row["name"])
+
+
+def _number(value: Any) -> str:
+    """Three significant digits of a number, and texts as they are."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
