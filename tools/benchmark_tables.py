@@ -61,15 +61,12 @@ def _inputs(rows: list[dict[str, Any]]) -> str:
         function, n = row["name"].rsplit(", ", 1)
         found.setdefault(function, {})[int(n)] = row
     sizes = sorted(next(iter(found.values())))
-    heads = ["", *(f"{n:,}".replace(",", " ") for n in sizes), "seconds per million", "memory, MB"]
+    heads = ["", *(f"{n:,}".replace(",", "\N{NO-BREAK SPACE}") for n in sizes), "memory, MB"]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     for function, at in found.items():
         last = at[sizes[-1]]
         times = [_number(at[n].get("seconds")) for n in sizes]
-        rate, memory = (
-            ("", "") if "failed" in last else (_number(last["seconds"] / sizes[-1] * 1e6), f"{last['memory']:.0f}")
-        )
-        lines.append([f"`{function}`", *times, rate, memory])
+        lines.append([function, *times, "" if "failed" in last else f"{last['memory']:.0f}"])
     return _grid(lines)
 
 
