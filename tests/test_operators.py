@@ -409,12 +409,12 @@ def test_regular_and_undamped_under_jit():
 
 @each
 def test_vectors_of_another_type_and_vectors_that_are_not_finite(built, structure):
-    F, _ = built[structure, "logistic regression"]
-    for v in (np.array([1, 0, 2]), np.array([1, 0, 2], np.float32)):
+    F, M = built[structure, "network, normal"]
+    for v in (np.arange(len(M)), np.arange(len(M), dtype=np.float32)):
         np.testing.assert_allclose(F @ v, F @ v.astype(float), rtol=1e-12)
         np.testing.assert_allclose(F.solve(v, 0.1), F.solve(v.astype(float), 0.1), rtol=1e-7)
     with pytest.raises(ValueError, match="v holds NaN"):
-        F.solve(np.array([1, np.nan, 2]), 0.1)
+        F.solve(np.full(len(M), np.nan), 0.1)
 
 
 def test_damping_that_was_computed_outside_a_program():

@@ -128,7 +128,8 @@ class ImplicitFisher(Fisher):
 
         def solve(v: jax.Array) -> jax.Array:
             # by default lineax compares entry with entry, and divides by the zeros of v
-            solver = lx.CG(rtol=0.0, atol=self.rtol * jnp.linalg.norm(v), max_steps=steps, norm=jnp.linalg.norm)
+            size = jnp.linalg.norm(jax.lax.stop_gradient(v))
+            solver = lx.CG(rtol=0.0, atol=self.rtol * size, max_steps=steps, norm=jnp.linalg.norm)
             start = hide_constants(jnp.zeros_like(v))
             return lx.linear_solve(operator, v, solver, options={**options, "y0": start}, throw=False).value / UNIT
 
