@@ -46,7 +46,7 @@ def find_family(distribution: Any) -> Family | None:
         >>> find_family(dist.Normal(jnp.zeros(3), 1.0).to_event(1)).parameters
         ('loc', 'scale')
     """
-    return FAMILIES.get(type(_innermost(distribution)))
+    return FAMILIES.get(type(innermost(distribution)))
 
 
 def own_parameters(distribution: Any) -> tuple[jax.Array, ...]:
@@ -67,7 +67,7 @@ def own_parameters(distribution: Any) -> tuple[jax.Array, ...]:
         >>> loc.shape, scale.shape
         ((2, 3), (2, 3))
     """
-    d, family = _innermost(distribution), find_family(distribution)
+    d, family = innermost(distribution), find_family(distribution)
     if family is None:
         raise ValueError(f"{type(d).__name__} has no closed form here: take the information under a law")
     values = [jnp.asarray(getattr(d, name)) for name in family.parameters]
@@ -100,7 +100,7 @@ def push_forward(distribution: Any, tangents: tuple[jax.Array | None, ...]) -> j
 
     Derived in the chapter "Fisher at scale". Source: Lehmann and Casella (1998), section 2.5.
     """
-    d, values = _innermost(distribution), own_parameters(distribution)
+    d, values = innermost(distribution), own_parameters(distribution)
     names, push, fixed = FAMILIES[type(d)]
     if len(tangents) != len(names):
         raise ValueError(f"{type(d).__name__} has the parameters {names}, but there are {len(tangents)} tangents")
@@ -114,7 +114,7 @@ def push_forward(distribution: Any, tangents: tuple[jax.Array | None, ...]) -> j
     return push(values, tuple(tangents), d) if moved else jnp.zeros((*d.batch_shape, 0), values[0].dtype)
 
 
-def _innermost(distribution: Any) -> Any:
+def innermost(distribution: Any) -> Any:
     while type(distribution) is dist.Independent:
         distribution = distribution.base_dist
     return distribution

@@ -70,6 +70,7 @@ def test_race_stops_at_the_goal(work):
 def test_every_task_was_measured(work):
     tasks = json.loads(RESULTS.read_text())["tasks"]
     assert set(tasks) == set(work.TASKS)
+    assert benchmark_tables.LOOP == work.LOOP
     for name, task in tasks.items():
         assert any(row["name"].startswith(("fisherbook", "dense_fisher")) for row in task["rows"]), name
         for row in task["rows"]:  # an answer that is wrong is no comparison

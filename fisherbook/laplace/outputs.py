@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
-from ..families import find_family
+from ..families import find_family, innermost
 from ..model import Model, call
 from ..root import depends
 
@@ -38,10 +38,10 @@ def find_head(model: Model, theta: Any, x: Any) -> Head:
     """Read off one row of inputs which parameters theta moves."""
     one = None if x is None else jax.tree.map(lambda a: jnp.asarray(a)[:1], x)
     whole = call(model, theta, one)
-    inner, events = _innermost(whole)
+    inner = innermost(whole)
     names = _names(inner)
     rows = 0 if x is None else 1
-    moved = depends(lambda t: tuple(jnp.asarray(getattr(_innermost(call(model, t, one))[0], n)) for n in names), theta)
+    moved = depends(lambda t: tuple(jnp.asarray(getattr(innermost(call(model, t, one)), n)) for n in names), theta)
     outputs = []
     for name in (n for n, moves in zip(names, moved, strict=True) if moves):
         value = jnp.asarray(getattr(inner, name))
@@ -50,12 +50,12 @@ def find_head(model: Model, theta: Any, x: Any) -> Head:
         outputs.append(Output(name, tuple(shape), name == "probs" and axes > 0))
     if not outputs:
         raise ValueError("theta moves no parameter of the model's distribution, so it has no outputs to predict with")
-    return Head(tuple(outputs), events)
+    return Head(tuple(outputs), len(whole.event_shape) - len(inner.event_shape))
 
 
 def read(model: Model, theta: Any, x: Any, head: Head) -> jax.Array:
     """Outputs [n, q], in coordinates that have no edge."""
-    inner, _ = _innermost(call(model, theta, x))
+    inner = innermost(call(model, theta, x))
     n = 1 if x is None else inner.batch_shape[0]
     found = []
     for o in head.outputs:
@@ -68,7 +68,7 @@ def read(model: Model, theta: Any, x: Any, head: Head) -> jax.Array:
 
 def rebuild(model: Model, theta: Any, x: Any, head: Head, outputs: jax.Array) -> Any:
     """The distribution with the outputs [n, *more, q] in place of the model's own, with batch [n, *more]."""
-    inner, _ = _innermost(call(model, theta, x))
+    inner = innermost(call(model, theta, x))
     batch = outputs.shape[:-1] if x is not None else outputs.shape[1:-1]
     extra = len(outputs.shape) - 2
     rows = 0 if x is None else 1
@@ -88,14 +88,6 @@ def rebuild(model: Model, theta: Any, x: Any, head: Head, outputs: jax.Array) ->
         at += size
     built = type(inner)(**arguments)
     return built.to_event(head.events) if head.events else built
-
-
-def _innermost(d: Any) -> tuple[Any, int]:
-    events = 0
-    while type(d) is dist.Independent:
-        events += d.reinterpreted_batch_ndims
-        d = d.base_dist
-    return d, events
 
 
 def _names(d: Any) -> tuple[str, ...]:

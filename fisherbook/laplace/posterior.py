@@ -28,23 +28,29 @@ class LaplacePosterior(eqx.Module):
 
     Attributes:
         mean: the parameter at which the posterior stands, a pytree like theta or like what `subset` selects.
-        curvature: the operator F, per observation.
-        n: number of observations.
-        prior_precision, prior_mean: numbers, or [d].
+        precision: n F + prior.
+        prior_mean: a number, or [d].
         log_likelihood: of all observations at the mean.
         away: distance from the mean to the mode of the quadratic, in posterior standard deviations.
     """
 
     model: Model = eqx.field(static=True)
     mean: Any
-    curvature: Any
-    n: Any
-    prior_precision: Any
+    precision: Precision  # n F + prior, with `multiply`, `solve`, `logdet`
     prior_mean: Any
     log_likelihood: Any
     gradient: Any  # of the mean log-likelihood, [d]
-    precision_factor: Precision
     away: Any
+
+    @property
+    def curvature(self) -> Any:
+        """The operator F, per observation."""
+        return self.precision.F
+
+    @property
+    def n(self) -> Any:
+        """Number of observations."""
+        return self.precision.n
 
     @property
     def d(self) -> int:
@@ -60,34 +66,29 @@ class LaplacePosterior(eqx.Module):
         out = jax.vmap(unravel)(V.reshape(-1, self.d))
         return jax.tree.map(lambda leaf: leaf.reshape(*V.shape[:-1], *leaf.shape[1:]), out)
 
-    @property
-    def precision(self) -> Precision:
-        """n F + prior, with `multiply`, `solve`, `logdet`."""
-        return self.precision_factor
-
     def covariance(self) -> jax.Array:
         """The covariance [d, d] in u^2, in `ravel_pytree` order."""
-        S = self.precision_factor.solve(jnp.eye(self.d, dtype=self.flat.dtype))
+        S = self.precision.solve(jnp.eye(self.d, dtype=self.flat.dtype))
         return (S + S.T) / 2
 
     def standard_deviations(self) -> Any:
         """Standard deviations in u, a pytree like the mean."""
-        return self._tree(jnp.sqrt(self.precision_factor.variances()))
+        return self._tree(jnp.sqrt(self.precision.variances()))
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> Any:
         """Draws, a pytree like the mean whose leaves have `shape` in front."""
-        draws = self.precision_factor.draws(key, int(np.prod(shape)))
+        draws = self.precision.draws(key, int(np.prod(shape)))
         return self._tree((self.flat + draws).reshape(*shape, self.d))
 
     def log_prob(self, theta: Any) -> jax.Array:
         """The log-density of one parameter, a pytree like the mean."""
         delta = ravel_pytree(theta)[0] - self.flat
-        length = delta @ self.precision_factor.multiply(delta[:, None])[:, 0]
-        return (self.precision_factor.logdet() - self.d * jnp.log(2 * jnp.pi) - length) / 2
+        length = delta @ self.precision.multiply(delta[:, None])[:, 0]
+        return (self.precision.logdet() - self.d * jnp.log(2 * jnp.pi) - length) / 2
 
     def log_prior(self) -> jax.Array:
         """The log-density of the prior at the mean, up to the d/2 log 2 pi that the evidence cancels."""
-        precision = jnp.broadcast_to(self.prior_precision, (self.d,))
+        precision = jnp.broadcast_to(self.precision.prior, (self.d,))
         hint = "a prior precision of 0 has no density, so the marginal likelihood is not defined: pass a positive one"
         precision = require(jnp.all(precision > 0), precision, hint)
         return jnp.sum(jnp.log(precision) - precision * (self.flat - self.prior_mean) ** 2) / 2
@@ -98,7 +99,7 @@ class LaplacePosterior(eqx.Module):
         :math:`\log p(y \mid \hat\theta) + \log p(\hat\theta) + \frac d2 \log 2\pi - \frac12 \log\det(nF + P)`. The mean
         is taken for the mode.
         """
-        return self.log_likelihood + self.log_prior() - self.precision_factor.logdet() / 2
+        return self.log_likelihood + self.log_prior() - self.precision.logdet() / 2
 
     def with_prior(self, prior_precision: Any, prior_mean: Any = None) -> LaplacePosterior:
         """The same posterior under another prior: nothing is read from the data again, and the mean stays."""
@@ -154,7 +155,7 @@ class LaplacePosterior(eqx.Module):
 
     def _repr_html_(self) -> str:
         names, mean = parameter_names(self.mean), np.asarray(self.flat)
-        sd = np.asarray(jnp.sqrt(self.precision_factor.variances()))
+        sd = np.asarray(jnp.sqrt(self.precision.variances()))
         rows = [("parameter", "mean", "standard deviation", "95 % interval")]
         for k in range(min(self.d, 30)):
             low, high = mean[k] - 1.96 * sd[k], mean[k] + 1.96 * sd[k]
@@ -257,7 +258,7 @@ def _posterior(
     factor = factorise(F, n, prior, lambda: parameter_names(mean))
     slope = n * gradient - prior * (ravel_pytree(mean)[0] - prior_mean)
     away = jnp.sqrt(jnp.maximum(slope @ factor.solve(slope[:, None])[:, 0], 0))
-    return LaplacePosterior(model, mean, F, n, prior, prior_mean, value, gradient, factor, away)
+    return LaplacePosterior(model, mean, factor, prior_mean, value, gradient, away)
 
 
 def _checked(posterior: LaplacePosterior, must_be_mode: bool) -> LaplacePosterior:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 
 from ..compilation import run
+from ..families import innermost
 from ..model import row_count
 from ..root import CAP
 from .outputs import Head, find_head, read, rebuild
@@ -26,7 +27,7 @@ def predictive(posterior: Any, x: Any, method: str | None, key: Any, draws: int,
     head = find_head(posterior.model, posterior.mean, x)
     names = [o.name for o in head.outputs]
     whole = posterior.model(posterior.mean) if x is None else posterior.model(posterior.mean, x)
-    inner = whole.base_dist if type(whole) is dist.Independent else whole
+    inner = innermost(whole)
     linear = type(inner) is dist.Normal and names == ["loc"]
     classes = isinstance(inner, (dist.CategoricalLogits, dist.CategoricalProbs))
     binary = isinstance(inner, (dist.BernoulliLogits, dist.BernoulliProbs)) and not head.events

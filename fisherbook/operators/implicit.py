@@ -19,10 +19,10 @@ from .base import Fisher
 from .dense import gram_of_columns, law_name
 from .diagonal import squared_columns, squared_norm
 from .factor import cholesky
-from .streamed import LARGEST, StreamedFisher
+from .streamed import LARGEST, StreamedFisher, most_steps
 from .woodbury import Thin
 
-SMALL, MOST = 4096, 10_000  # parameters up to which an undamped solve forms F; most steps of conjugate gradients
+SMALL = 4096  # parameters up to which an undamped solve forms F
 UNIT = 1e-12  # of a solution inside lineax, which would judge its changes by the size of v: the residual alone decides
 
 
@@ -119,7 +119,7 @@ class ImplicitFisher(Fisher):
         one = lambda v: product(v[:, None])[:, 0] + damping * v
         form = jax.ShapeDtypeStruct((self.d,), V.dtype)
         operator = lx.FunctionLinearOperator(lambda v: one(v / UNIT), form, lx.positive_semidefinite_tag)
-        steps = self.max_steps or min(max(1000, 10 * self.d), MOST)
+        steps = most_steps(self.max_steps, self.d)
         options = {}
         if self.preconditioner is not None:
             before = self.preconditioner

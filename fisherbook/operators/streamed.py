@@ -22,6 +22,11 @@ from .streams import mean_over_rows
 LARGEST = 8192  # the smaller side of R up to which determinants and draws are computed through it
 
 
+def most_steps(max_steps: int | None, d: int) -> int:
+    """Steps after which conjugate gradients give up: what was asked for, or 10 d between 1000 and 10 000."""
+    return max_steps or min(max(1000, 10 * d), 10_000)
+
+
 class StreamedFisher(Fisher):
     """F through products, each of which reads all batches once; not for use inside `jax.jit`.
 
@@ -67,7 +72,7 @@ class StreamedFisher(Fisher):
         if self.preconditioner is not None:
             call = self.preconditioner.solve if isinstance(self.preconditioner, Fisher) else self.preconditioner
             before = LinearOperator((self.d, self.d), matvec=lambda r: np.asarray(call(jnp.asarray(r))), dtype=dtype)
-        steps = self.max_steps or min(max(1000, 10 * self.d), 10_000)
+        steps = most_steps(self.max_steps, self.d)
 
         def solve(v: np.ndarray) -> np.ndarray:
             w, failed = cg(A, v, rtol=self.rtol, atol=0.0, maxiter=steps, M=before)
