@@ -24,7 +24,7 @@ from .law import Data, Exact, Law, Plan, check_law
 from .model import Conditional, Model, call, flatten, is_traced, row_count, take_rows
 
 CAP = 2**26  # scalars that may be held at once
-BLOCK = 2**22  # of them, for one block of inputs: small enough to stay near the processor
+BLOCK = 2**21  # of them, for one block of inputs: small enough to stay near the processor
 
 Map = Callable[[Any], Any]
 
@@ -261,13 +261,15 @@ def residuals(root: Root) -> int:
     return sum(leaf.size for leaf in kept)
 
 
-def over_blocks(root: Root, function: Callable[[Root], Any], scalars: int) -> Any:
+def over_blocks(root: Root, function: Callable[[Root], Any], scalars: int, sums: int = 0) -> Any:
     """Sum `function` over blocks of rows such that a block of them holds about `BLOCK` of the `scalars` that all need.
 
-    With several devices about `CAP`: a block would be cut across the devices that hold the rows.
+    Where the result has many entries, `sums`, a block holds four times as many, so that adding up costs little. With
+    several devices it holds about `CAP`: a block would be cut across the devices that hold the rows.
     """
     n = root.n
-    count = min(n, -(-scalars // (BLOCK if jax.device_count() == 1 else CAP)))
+    held = min(max(BLOCK, 4 * sums), CAP) if jax.device_count() == 1 else CAP
+    count = min(n, -(-scalars // held))
     if count <= 1:
         return function(root)
     length = -(-n // count)

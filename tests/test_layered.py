@@ -245,6 +245,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
         dense, kron = dense_fisher(model, theta, x), kronecker_fisher(model, theta, x, corrected=True)
         with monkeypatch.context() as patch:
             patch.setattr("fisherbook.root.BLOCK", 500)
+            patch.setattr("fisherbook.root.CAP", 500)
             np.testing.assert_allclose(dense_fisher(model, theta, x).as_matrix(), dense.as_matrix(), atol=1e-13)
             blocks = kronecker_fisher(model, theta, x, corrected=True)
             np.testing.assert_allclose(blocks.as_matrix(), kron.as_matrix(), atol=1e-12)

@@ -316,6 +316,19 @@ def test_rows_that_depend_on_each_other():
         dense_fisher(lambda t, x: dist.Normal((x - x.mean(0)) @ t, 1.0), jnp.ones(2), inputs(10))
 
 
+@pytest.mark.parametrize("d", [400, 401, 1201, 2203])
+def test_columns_in_pieces_give_the_whole_matrix(d):
+    """More parameters than one product of columns takes; no layer, so that R is formed."""
+    A, theta = jax.random.normal(jax.random.key(70), (3, d)), jax.random.normal(jax.random.key(71), (d,)) / d
+    model = lambda t, x: dist.Normal(jnp.sin(A @ (t + t**2)) * (1 + x), 0.5).to_event(1)
+    x = jnp.linspace(0.0, 1.0, 2)[:, None]
+    slope = jnp.cos(A @ (theta + theta**2))[:, None] * A * (1 + 2 * theta)
+    expected = slope.T @ slope / 0.25 * np.mean((1 + x) ** 2)
+    F = dense_fisher(model, theta, x).as_matrix()
+    np.testing.assert_allclose(F, expected, rtol=1e-12, atol=1e-12 * np.max(expected))
+    np.testing.assert_array_equal(F, F.T)
+
+
 def test_blocks_of_rows_change_nothing(monkeypatch):
     """With a cap that forces blocks of 3 of 20 rows, the last one overlapping."""
     model, theta, x = PROBLEMS["network, normal"]

@@ -99,18 +99,27 @@ def dense_fisher(model: Model, theta: Any, x: Any = None, *, law: Law = Exact())
     return DenseFisher(theta, jnp.ones((), matrix.dtype), law_name(law), matrix)
 
 
+PIECES, WIDTH = 5, 400  # of the columns of R: XLA does not use the symmetry of R^T R, so it gets the upper tiles only
+
+
 def gram_of_columns(root: Root) -> jax.Array:
     """R^T R, a block of inputs at a time; through the layers where that is less work."""
     layers = layered.layers_of(root)
     if layers is not None and layered.pays(root, layers):
         return layered.matrix(root, layers)
 
-    def block(part: Root) -> jax.Array:
-        R = dense_rows(part).reshape(-1, part.d)
-        return R.T @ R
+    pieces = min(PIECES, -(-root.d // WIDTH))
+    edges = [root.d * i // pieces for i in range(pieces + 1)]
+    tiles = [(slice(*edges[i : i + 2]), slice(*edges[j : j + 2])) for i in range(pieces) for j in range(i, pieces)]
 
-    F = over_blocks(root, block, root.n * row_shape(root) * root.d)
-    return (F + F.T) / 2
+    def block(part: Root) -> list[jax.Array]:
+        R = dense_rows(part).reshape(-1, part.d)
+        return [R[:, i].T @ R[:, j] for i, j in tiles]
+
+    F = jnp.zeros((root.d, root.d), root.flat.dtype)
+    for (i, j), tile in zip(tiles, over_blocks(root, block, root.n * row_shape(root) * root.d), strict=True):
+        F = F.at[i, j].set(tile).at[j, i].set(tile.T if i != j else (tile + tile.T) / 2)
+    return F
 
 
 def law_name(law: Law) -> str:

@@ -120,7 +120,8 @@ def pays(root: Root, layers: Layers) -> bool:
 
 def matrix(root: Root, layers: Layers) -> jax.Array:
     """F [d, d], a block of inputs at a time."""
-    whole = over_blocks(root, lambda part: _products(parts(part, layers)), root.n * _width(root, layers))
+    products = lambda part: _products(parts(part, layers))
+    whole = over_blocks(root, products, root.n * _width(root, layers), root.d**2)
     where = entries(layers)
     sizes = [len(e) for e in where]
     forms = jax.eval_shape(lambda r: parts(r, layers), _first(root))
