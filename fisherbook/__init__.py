@@ -13,6 +13,10 @@ from .inference import Information as Information
 from .inference import information as information
 from .kl import kl_curvature as kl_curvature
 from .kl import kl_divergence as kl_divergence
+from .laplace import LaplacePosterior as LaplacePosterior
+from .laplace import laplace as laplace
+from .laplace import load_posterior as load_posterior
+from .laplace import tune_prior as tune_prior
 from .law import Data as Data
 from .law import Exact as Exact
 from .law import MonteCarlo as MonteCarlo
@@ -26,6 +30,7 @@ from .operators import diagonal_fisher as diagonal_fisher
 from .operators import implicit_fisher as implicit_fisher
 from .operators import kronecker_fisher as kronecker_fisher
 from .operators import low_rank_fisher as low_rank_fisher
+from .operators import observed_information as observed_information
 from .score import expected_hessian as expected_hessian
 from .score import score as score
 from .score import score_covariance as score_covariance

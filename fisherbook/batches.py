@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import jax
+
 from .law import Data, Law
 from .model import row_count, take_rows
 
@@ -62,9 +64,13 @@ def pieces(x: Any, law: Law) -> Iterator[Piece]:
     if not isinstance(x, Batches):
         yield Piece(x, law, 0)
         return
+    first: Any = None
     start, ys = 0, iter(law.y) if isinstance(law, Data) and isinstance(law.y, Batches) else None
-    for batch in x:
-        n = row_count(batch)
+    for k, batch in enumerate(x):
+        structure = jax.tree.structure(batch)
+        if k and structure != first:
+            raise ValueError(f"batch {k} of x has another structure than the first: {structure}, not {first}")
+        first, n = structure, row_count(batch)
         yield Piece(batch, _law_of(law, ys, start, n), start)
         start += n
     if start == 0:

@@ -13,7 +13,8 @@ import scipy.stats
 import statsmodels.api as sm
 
 import fisherbook as fb
-from fisherbook.laplace import laplace
+from fisherbook.laplace import forms, laplace
+from fisherbook.laplace.posterior import assemble
 
 RNG = np.random.default_rng(0)
 X = np.column_stack([np.ones(40), RNG.normal(size=(40, 2))])
@@ -59,6 +60,56 @@ def network_weights():
     }
 
 
+def scaled(theta, x):
+    h = jnp.tanh(x @ theta["W"] + theta["b"])
+    return dist.Normal(h @ theta["V"], jnp.exp(h[:, 0] * theta["s"])[:, None] * jnp.ones(2)).to_event(1)
+
+
+def convolved(theta, x):
+    image = x.reshape(len(x), 6, 6, 1)
+    axes = ("NHWC", "HWIO", "NHWC")
+    h = jax.nn.relu(jax.lax.conv_general_dilated(image, theta["K"], (1, 1), "SAME", dimension_numbers=axes))
+    return dist.Categorical(logits=h.mean((1, 2)) @ theta["V"])
+
+
+def normalised(theta, x):
+    h = jnp.tanh(x @ theta["W"])
+    h = (h - h.mean(1, keepdims=True)) / jnp.sqrt(h.var(1, keepdims=True) + 0.1) * theta["scale"] + theta["shift"]
+    return dist.Poisson(jnp.exp(0.3 * h @ theta["V"]))
+
+
+def draw(k, *shape):
+    return jax.random.normal(jax.random.key(k), shape)
+
+
+CASES = {  # model, theta, inputs, and the outputs [n, q] in coordinates without an edge
+    "MLP": (
+        network,
+        {"W1": draw(0, 3, 4), "b1": draw(1, 4), "W2": draw(2, 4, 3)},
+        X,
+        lambda t, x: network(t, x).logits,
+    ),
+    "with a scale": (
+        scaled,
+        {"W": draw(3, 3, 4), "b": draw(4, 4), "V": draw(5, 4, 2), "s": jnp.array(0.3)},
+        X,
+        lambda t, x: jnp.concatenate([(d := scaled(t, x).base_dist).loc, jnp.log(d.scale)], 1),
+    ),
+    "convolution": (
+        convolved,
+        {"K": draw(6, 3, 3, 1, 2), "V": draw(7, 2, 3)},
+        np.asarray(draw(8, 20, 36)),
+        lambda t, x: convolved(t, x).logits,
+    ),
+    "LayerNorm": (
+        normalised,
+        {"W": draw(9, 3, 5), "scale": draw(10, 5), "shift": draw(11, 5), "V": draw(12, 5)},
+        X,
+        lambda t, x: jnp.log(normalised(t, x).rate)[:, None],
+    ),
+}
+
+
 @pytest.fixture(scope="module")
 def built():
     quiet = pytest.warns(UserWarning, match="not the mode")
@@ -88,6 +139,17 @@ def test_linear_regression_is_exact(precision, mean):
     together = posterior.predictive(new, joint=True)
     np.testing.assert_allclose(together.covariance_matrix, 0.3**2 * np.eye(5) + new @ S @ new.T, rtol=1e-9)
     assert posterior.away < 1e-8
+
+
+@pytest.mark.parametrize("d", [512, 513, 1301])
+def test_covariance_of_many_parameters(d):
+    """More than are inverted at once."""
+    x = np.asarray(draw(20, 40, d)) / np.sqrt(d)
+    y = np.zeros(40)
+    posterior = laplace(lambda t, x: dist.Normal(x @ t, 0.1), jnp.zeros(d), y, x, prior_precision=2.0)
+    expected = np.linalg.inv(x.T @ x / 0.01 + 2 * np.eye(d))
+    np.testing.assert_allclose(posterior.covariance(), expected, rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(posterior.standard_deviations(), np.sqrt(np.diag(expected)), rtol=1e-9)
 
 
 def test_normal_mean_is_exact():
@@ -130,6 +192,40 @@ def test_output_covariance(built, structure):
     np.testing.assert_allclose(
         joint.covariance_matrix, J.reshape(21, -1) @ S @ J.reshape(21, -1).T, rtol=1e-6, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "Kronecker", "corrected"])
+@pytest.mark.parametrize("model", ["MLP", "with a scale", "convolution", "LayerNorm"])
+def test_output_covariance_through_layers(model, structure, monkeypatch):
+    """Many inputs, in blocks, against the Jacobian of the outputs written out; no row of it is formed in between."""
+    model, theta, x, outputs = CASES[model]
+    curvature = partial(fb.kronecker_fisher, corrected=True) if structure == "corrected" else STRUCTURES[structure]
+    y = model(theta, x).sample(jax.random.key(9))
+    with pytest.warns(UserWarning, match="not the mode"):
+        posterior = laplace(model, theta, y, x, prior_precision=0.5, curvature=curvature)
+    flat, unravel = jax.flatten_util.ravel_pytree(theta)
+    J = jax.jacobian(lambda f: outputs(unravel(f), x))(flat)  # [n, q, d]
+    S = np.linalg.inv(len(y) * np.asarray(posterior.curvature.as_matrix()) + 0.5 * np.eye(len(flat)))
+    expected = J @ S @ np.swapaxes(J, 1, 2)
+    monkeypatch.setattr(forms, "HELD", 20_000)
+    found = posterior.output_distribution(x)
+    np.testing.assert_allclose(found.mean, outputs(theta, x), atol=1e-12)
+    np.testing.assert_allclose(found.covariance_matrix, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_no_jacobian_is_held(monkeypatch):
+    """Diagonal and Kronecker: memory of the compiled program, far below n q d scalars."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    theta = {"W": jax.random.normal(keys[0], (50, 200)), "V": jax.random.normal(keys[1], (200, 10))}
+    x = jax.random.normal(keys[2], (500, 50))
+    model = lambda t, x: dist.Categorical(logits=jnp.tanh(x @ t["W"]) @ t["V"])
+    for curvature in (fb.diagonal_fisher, fb.kronecker_fisher):
+        F = curvature(model, theta, x)
+        posterior = assemble(
+            model, None, theta, F, jnp.asarray(500.0), jnp.ones(()), jnp.zeros(()), 0.0, jnp.zeros(12_000)
+        )
+        program = jax.jit(lambda p, x: p.predictive(x).probs).lower(posterior, x).compile()
+        assert program.memory_analysis().temp_size_in_bytes < 500 * 10 * 12_000 * 8 / 10
 
 
 @each
@@ -228,12 +324,34 @@ def test_sampled_predictions_for_any_likelihood(model):
         np.testing.assert_allclose(mixture.log_prob(y[:4]), model(theta, X[:4]).log_prob(y[:4]), rtol=1e-3)
 
 
-def test_no_mixture_where_the_support_depends_on_a_parameter():
-    model = lambda t, x: dist.Binomial(5, logits=x @ t)
+def test_mixture_of_binomials_with_their_own_numbers_of_trials():
+    trials = jnp.array([5, 7, 9])
+    model = lambda t, x: dist.Binomial(trials[x[:, 0].astype(int)], logits=x[:, 1:] @ t)
+    x = jnp.column_stack([jnp.arange(3.0), jnp.asarray(X[:3, :2])])
     with pytest.warns(UserWarning, match="not the mode"):
-        posterior = laplace(model, jnp.ones(3), np.full(40, 2), X)
-    with pytest.raises(ValueError, match="no mixture of Binomial"):
-        posterior.predictive(X[:2], method="samples", key=jax.random.key(0))
+        posterior = laplace(model, jnp.ones(2), jnp.array([2, 3, 4]), x)
+    key = jax.random.key(0)
+    mixture = posterior.predictive(x, method="samples", key=key, draws=50)
+    each = jax.vmap(lambda t: jnp.exp(model(t, x).log_prob(jnp.array([1, 2, 3]))))(posterior.sample(key, (50,)))
+    np.testing.assert_allclose(jnp.exp(mixture.log_prob(jnp.array([1, 2, 3]))), each.mean(0), rtol=1e-10)
+    total = sum(jnp.exp(mixture.log_prob(jnp.minimum(k, trials))) * (k <= trials) for k in range(10))
+    np.testing.assert_allclose(total, 1, rtol=1e-10)
+    drawn = mixture.sample(jax.random.key(1), (4000,))
+    assert drawn.shape == (4000, 3)
+    assert (drawn <= trials).all()
+    error = jnp.sqrt(mixture.variance / 4000)
+    np.testing.assert_array_less(abs(drawn.mean(0) - mixture.mean), 5 * error)
+    np.testing.assert_allclose(drawn.var(0), mixture.variance, rtol=0.15)
+
+
+def test_mixture_has_an_event_and_no_inputs():
+    model = lambda t: dist.Normal(t, 1.0).to_event(1)
+    y = jnp.array([[0.0, 1.0], [2.0, 1.0]])
+    posterior = laplace(model, y.sum(0) / 3, y)
+    mixture = posterior.predictive(method="samples", key=jax.random.key(0), draws=4000)
+    expected = scipy.stats.multivariate_normal.pdf([0.5, 0.5], y.sum(0) / 3, (1 + 1 / 3) * np.eye(2))
+    np.testing.assert_allclose(jnp.exp(mixture.log_prob(jnp.array([0.5, 0.5]))), expected, rtol=0.02)
+    assert mixture.sample(jax.random.key(1), (2, 3)).shape == (2, 3, 2)
 
 
 def test_subset_is_the_posterior_with_the_rest_known(built):
@@ -244,6 +362,19 @@ def test_subset_is_the_posterior_with_the_rest_known(built):
     np.testing.assert_allclose(last.covariance(), np.linalg.inv(whole[12:24, 12:24]), rtol=1e-9)
     assert last.mean.shape == (4, 3)
     assert last.sample(jax.random.key(0), (2, 5)).shape == (2, 5, 4, 3)
+
+
+def test_a_part_can_be_fitted_inside_a_program():
+    def last(theta):
+        posterior = laplace(network, theta, CLASSES, X, prior_precision=2.0, subset=lambda t: t["W2"])
+        return posterior, posterior.log_marginal_likelihood()
+
+    with pytest.warns(UserWarning, match="not the mode"):
+        expected = last(network_weights())
+    posterior, evidence = jax.jit(last)(network_weights())
+    np.testing.assert_allclose(evidence, expected[1], rtol=1e-12)
+    found = jax.jit(lambda p: p.predictive(X[:3]).probs)(posterior)
+    np.testing.assert_allclose(found, expected[0].predictive(X[:3]).probs, rtol=1e-12)
 
 
 def test_passes_through_jit(built):
@@ -266,6 +397,9 @@ def test_display_names_the_parameters():
         ({"prior_precision": np.ones(2)}, "prior_precision must be a number"),
         ({"prior_precision": 0.0}, "n F \\+ prior is singular"),
         ({"subset": lambda t: ()}, "subset selects nothing"),
+        ({"subset": lambda t: t["W1"] * 2}, "subset must return leaves of theta"),
+        ({"subset": lambda t: (t["b1"], t["b1"])}, "subset must return leaves of theta"),
+        ({"curvature": fb.operators.observed_information}, r"pass law=Data\(y\)"),
         ({"curvature": lambda *a, **k: np.eye(2)}, "curvature has shape"),
         ({"must_be_mode": True}, "theta is not the mode"),
         (
@@ -273,7 +407,7 @@ def test_display_names_the_parameters():
                 "prior_precision": {"W1": 1.0, "b1": 2.0, "W2": 1.0},
                 "curvature": fb.kronecker_fisher,
             },
-            "damping must be the same",
+            "prior_precision must be the same for all the leaves of W1, b1",
         ),
     ],
 )

@@ -40,12 +40,15 @@ def _columns(name: str, rows: list[dict[str, Any]]) -> tuple[list[str], list[Any
     seconds = lambda row: row["seconds"]
     first = lambda row: max(row["first"] - row["seconds"], 0.0)
     memory = lambda row: f"{row['memory']:.0f}"
-    error = lambda row: f"{row['error']:.0e}"
+    error = lambda row: None if row["error"] is None else f"{row['error']:.0e}"
     heads, cells = ["library", "seconds"], [seconds]
     if name == "training":
         heads, cells = ["library", "steps", "seconds"], [lambda row: str(row["steps"] or "more than 600"), seconds]
         return [*heads, "first run, s", "memory, MB"], [*cells, first, memory]
-    if name == "matrix":
+    if name.startswith("laplace"):
+        parts = [lambda row, part=part: row[part] for part in ("fit", "evidence", "predict")]
+        heads, cells = [*heads, "fit", "evidence", "predict"], [*cells, *parts]
+    elif name == "matrix":
         product = next(row["seconds"] for row in rows if "R^T R alone" in row["name"])
         heads, cells = [*heads, "to $R^\\top R$"], [*cells, lambda row: row["seconds"] / product]
     else:

@@ -19,7 +19,7 @@ from nngeometry.object import PMatDense, PMatDiag, PMatImplicit, PVector
 from torch import nn
 from torch.func import functional_call, jacrev, jvp, vjp, vmap
 from torch.utils.data import DataLoader, TensorDataset
-from work import LOOP, Entry, Network
+from work import LOOP, Entry, Network, Posterior
 
 warnings.filterwarnings("ignore")
 
@@ -212,6 +212,28 @@ def laplace_fit(network: Network, structure: str, backend, at_once: int):
     return call
 
 
+def posterior(structure: str, backend, subset: str = "all", at_once: int = 1000):
+    """laplace-torch's, fitted in one batch; it predicts `at_once` digits at a time."""
+
+    def make(network: Network) -> Posterior:
+        model, (x, y) = Model(network), data(network)
+        loader, new = DataLoader(TensorDataset(x, y), batch_size=len(x)), torch.tensor(work.predicted())
+
+        def fit():
+            found = Laplace(model, "classification", subset, structure, prior_precision=work.PRIOR, backend=backend)
+            found.fit(loader)
+            return found
+
+        def predict(found):
+            return torch.cat(
+                [found(part, pred_type="glm", link_approx="probit").detach() for part in new.split(at_once)]
+            )
+
+        return Posterior(fit, lambda found: found.log_marginal_likelihood().detach(), predict)
+
+    return make
+
+
 def products(make):
     return {
         "product": lambda n: Entry(lambda p=make(n), v=vector(n): p(v), as_vector(n), gradient(n)),
@@ -238,6 +260,14 @@ ENTRIES = {
     ("diagonal", "BackPACK"): diagonal(backpack_diagonal),
     ("diagonal", "laplace-torch with BackPACK"): diagonal(lambda n: laplace_fit(n, "diag", BackPackGGN, 512)),
     ("diagonal", "laplace-torch"): diagonal(lambda n: laplace_fit(n, "diag", CurvlinopsGGN, 16)),
+    ("laplace_full", "laplace-torch"): posterior("full", CurvlinopsGGN),
+    ("laplace_full", "laplace-torch with BackPACK"): posterior("full", BackPackGGN),
+    ("laplace_kronecker", "laplace-torch"): posterior("kron", CurvlinopsGGN),
+    ("laplace_kronecker", "laplace-torch with BackPACK"): posterior("kron", BackPackGGN),
+    ("laplace_diagonal", "laplace-torch"): posterior("diag", CurvlinopsGGN),
+    ("laplace_diagonal", "laplace-torch with BackPACK"): posterior("diag", BackPackGGN),
+    ("laplace_last", "laplace-torch"): posterior("full", CurvlinopsGGN, "last_layer"),
+    ("laplace_last", "laplace-torch with BackPACK"): posterior("full", BackPackGGN, "last_layer"),
     ("trace", "nngeometry"): lambda n: Entry(
         lambda make=nngeometry_fim(n, PMatImplicit)[1]: make().trace(), lambda t: np.array([float(t)]), gradient(n)
     ),

@@ -13,7 +13,7 @@ import scipy.optimize
 import work
 from in_jax import arrays, logits, looped, loss, rows, timed, vector
 from jax.flatten_util import ravel_pytree
-from work import Entry, Network, Race
+from work import Entry, Network, Posterior, Race
 
 import fisherbook as fb
 
@@ -73,6 +73,27 @@ INPUTS = {
     ]
     for n in [10**3, 10**4, 10**5, 10**6]
 }
+
+
+def logistic(n):
+    """A posterior of 64 coefficients, and a gradient of the same log-likelihood."""
+
+    def make(_: Network) -> Entry:
+        network = work.pixels(n)
+        theta, x, y = map(jnp.asarray, (network.weights[0], network.x, network.y))
+        model = lambda t, x: dist.Bernoulli(logits=x @ t)
+        fit = jax.jit(lambda t, y, x: fb.laplace(model, t, y, x).covariance())
+        slope = jax.jit(jax.grad(lambda t, y, x: model(t, x).log_prob(y).sum()))
+        return Entry(
+            lambda: jax.block_until_ready(fit(theta, y, x)),
+            np.ravel,
+            lambda: jax.block_until_ready(slope(theta, y, x)),
+        )
+
+    return make
+
+
+INPUTS |= {f"laplace, logistic regression, {n}": logistic(n) for n in [10**3, 10**4, 10**5, 10**6]}
 
 # ---------------------------------------------------------------------------------------------------- training
 
@@ -142,7 +163,41 @@ OPTIMISERS = {
     "L-BFGS (SciPy)": lbfgs,
 }
 
-ENTRIES = {("training", name): make for name, make in OPTIMISERS.items()}
+# --------------------------------------------------------------------------------------------------- posteriors
+
+
+def posterior(compiled=True, **options):
+    """Fit, evidence and the probit's probabilities; compiled by the user, or called as they are."""
+
+    def make(network: Network) -> Posterior:
+        theta, x = arrays(network)
+        y, new = jnp.asarray(network.y), jnp.asarray(work.predicted())
+        mark = jax.jit if compiled else lambda f: f
+        fit = mark(lambda theta, y, x: fb.laplace(model, theta, y, x, prior_precision=work.PRIOR, **options))
+        evidence = mark(lambda p: p.log_marginal_likelihood())
+        predict = mark(lambda p, x: p.predictive(x, method="probit").probs)
+        return Posterior(
+            lambda: jax.block_until_ready(fit(theta, y, x)),
+            lambda p: jax.block_until_ready(evidence(p)),
+            lambda p: jax.block_until_ready(predict(p, new)),
+        )
+
+    return make
+
+
+STRUCTURES = {
+    "full": {"curvature": fb.dense_fisher},
+    "kronecker": {"curvature": fb.kronecker_fisher},
+    "diagonal": {"curvature": fb.diagonal_fisher},
+    "last": {"subset": lambda theta: (theta[-2], theta[-1])},
+}
+
+ENTRIES = {(f"laplace_{name}", "fisherbook"): posterior(**options) for name, options in STRUCTURES.items()}
+ENTRIES |= {
+    (f"laplace_{name}", "fisherbook, not compiled by the user"): posterior(False, **options)
+    for name, options in STRUCTURES.items()
+}
+ENTRIES |= {("training", name): make for name, make in OPTIMISERS.items()}
 ENTRIES |= {("inputs", name): make for name, make in INPUTS.items()}
 ENTRIES |= {
     ("matrix", "fisherbook"): lambda n: timed(n, matrix, np.ravel, *arrays(n), beside=False),

@@ -6,6 +6,7 @@ Parameters are in the order W0, b0, W1, b1, ..., a matrix with one row per input
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
@@ -45,6 +46,12 @@ def many_digits(n: int) -> Network:
     some = digits()
     rows = np.random.default_rng(3).integers(0, len(some.x), n)
     return some._replace(x=some.x[rows], y=some.y[rows])
+
+
+def pixels(n: int) -> Network:
+    """n of the digits, whether each is above 4, and the weights of a logistic regression on the pixels."""
+    many = many_digits(n)
+    return Network([np.zeros(many.x.shape[1], np.float32)], many.x, (many.y > 4).astype(np.int32))
 
 
 def large(n: int) -> Network:
@@ -250,10 +257,84 @@ def exact_loss(network: Network) -> np.ndarray:
 TASKS["training"] = (digits, exact_loss)
 
 
+# -------------------------------------------------------------------------------------------------- posteriors
+
+FITTED, PRIOR = 797, 1.0  # digits that a posterior is fitted to, and the precision of its prior; 1000 are predicted
+
+
+class Posterior(NamedTuple):
+    """A Laplace posterior in three calls, and its answers: the evidence and the probit's probabilities [1000, C]."""
+
+    fit: Callable[[], object]
+    evidence: Callable[[object], object]
+    predict: Callable[[object], object]
+
+
+def fitted() -> Network:
+    network = digits()
+    return network._replace(x=network.x[:FITTED], y=network.y[:FITTED])
+
+
+def predicted() -> np.ndarray:
+    return digits().x[FITTED:]
+
+
+def exact_posterior(network: Network, structure: str) -> np.ndarray:
+    """log p(y) and the probit's probabilities of the digits that were not fitted, with n F + PRIOR written out."""
+    theta, n = flat(network.weights), len(network.x)
+    kept = slice(None) if structure != "last" else slice(len(theta) - 330, None)
+    if structure == "diagonal":
+        root = np.diag(np.sqrt(n * exact_diagonal(network) + PRIOR))
+    else:
+        root = np.linalg.cholesky(n * exact_matrix(network)[kept, kept] + PRIOR * np.eye(len(theta[kept])))
+    _, _, p = forward(network)
+    evidence = np.log(p[np.arange(n), network.y]).sum() - PRIOR * theta[kept] @ theta[kept] / 2
+    evidence += len(theta[kept]) * np.log(PRIOR) / 2 - np.log(np.diag(root)).sum()
+    new = network._replace(x=predicted())
+    Ws, entering, _ = forward(new)
+    z = entering[-1] @ Ws[-1] + network.weights[-1]
+    for c in range(z.shape[1]):
+        back = [np.tile(np.eye(z.shape[1])[c], (len(z), 1))]
+        for W, a in zip(Ws[:0:-1], entering[:0:-1], strict=True):
+            back.insert(0, (back[0] @ W.T) * (1 - a**2))
+        pairs = zip(entering, back, strict=True)
+        parts = [part for a, g in pairs for part in ((a[:, :, None] * g[:, None, :]).reshape(len(a), -1), g)]
+        J = np.concatenate(parts, 1)[:, kept]
+        variance = np.sum(np.linalg.solve(root, J.T) ** 2, 0)
+        z[:, c] /= np.sqrt(1 + np.pi / 8 * variance)
+    q = np.exp(z - z.max(1, keepdims=True))
+    return np.append(evidence, q / q.sum(1, keepdims=True))
+
+
+def time_posterior(entry: Posterior, exact: np.ndarray) -> dict[str, float | None]:
+    """Median seconds of the three calls and of their sum, peak MB, and the larger error of evidence and probability."""
+    forget_peak()
+    before, start = resident("VmRSS"), time.perf_counter()
+    posterior = entry.fit()
+    evidence, probabilities = entry.evidence(posterior), entry.predict(posterior)
+    first = time.perf_counter() - start
+    parts = {
+        "fit": repeat(entry.fit),
+        "evidence": repeat(lambda: entry.evidence(posterior)),
+        "predict": repeat(lambda: entry.predict(posterior)),
+    }
+    medians = {name: float(np.median(times)) for name, times in parts.items()}
+    peak, error = resident("VmHWM") - before, None
+    if exact.size:
+        off = np.abs(np.asarray(probabilities, float).ravel() - exact[1:]).max()
+        error = float(max(abs(float(evidence) - exact[0]) / abs(exact[0]), off))
+    return dict(seconds=sum(medians.values()), first=first, memory=peak, error=error, beside=None, **medians)
+
+
+for structure in ("full", "diagonal", "last"):
+    TASKS[f"laplace_{structure}"] = (fitted, functools.partial(exact_posterior, structure=structure))
+TASKS["laplace_kronecker"] = (fitted, lambda _: np.zeros(0))  # every library has its own: biases, averages
+
+
 TASKS["inputs"] = (digits, lambda _: np.zeros(0))  # as many inputs as an entry says: nothing to compare with
 
 
-def main(entries: dict[tuple[str, str], Callable[[Network], Entry | Race]]) -> None:
+def main(entries: dict[tuple[str, str], Callable[[Network], Entry | Race | Posterior]]) -> None:
     """Run `python FILE TASK NAME ANSWER`, in a process of its own, and print what was measured; alone, the names."""
     if len(sys.argv) == 1:
         print(json.dumps(list(entries)))
@@ -261,4 +342,5 @@ def main(entries: dict[tuple[str, str], Callable[[Network], Entry | Race]]) -> N
     task, name, answer = sys.argv[1:]
     network = TASKS[task][0]()
     entry, exact = entries[task, name](network), np.load(answer)
-    print(json.dumps(run(entry, exact) if isinstance(entry, Race) else measure(entry, exact)))
+    stopwatch = {Race: run, Posterior: time_posterior}.get(type(entry), measure)
+    print(json.dumps(stopwatch(entry, exact)))

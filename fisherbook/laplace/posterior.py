@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -14,33 +12,44 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from ..compilation import run
-from ..law import Exact, Law
-from ..model import Conditional, Model, check_observations, flatten, is_traced, parameter_names, require
-from ..operators import dense_fisher
+from ..model import Model, parameter_names, require
+from .diagnosis import diagnose, null_directions, to_arviz
+from .distributions import NormalLaw
+from .part import Part, PartOfModel
 from .precision import Precision, factorise
 from .predictive import output_distribution, predictive
-
-AWAY = 0.1  # posterior standard deviations from the mode from which on a warning is due
+from .saving import save
 
 
 class LaplacePosterior(eqx.Module):
     """N(mean, (n F + prior)^-1) over the parameters, or a part of them.
 
     Attributes:
-        mean: the parameter at which the posterior stands, a pytree like theta or like what `subset` selects.
-        precision: n F + prior.
+        precision: n F + prior, an operator: `precision @ v`, `.solve(v)`, `.logdet()`, `.as_matrix()`.
         prior_mean: a number, or [d].
         log_likelihood: of all observations at the mean.
         away: distance from the mean to the mode of the quadratic, in posterior standard deviations.
+        diagnosis: what `diagnose` found, or None.
     """
 
-    model: Model = eqx.field(static=True)
-    mean: Any
-    precision: Precision  # n F + prior, with `multiply`, `solve`, `logdet`
+    whole: Model = eqx.field(static=True)  # the model as it was passed
+    part: Part | None  # of its theta, where `subset` selected one
+    precision: Precision
     prior_mean: Any
     log_likelihood: Any
     gradient: Any  # of the mean log-likelihood, [d]
     away: Any
+    diagnosis: Any = None
+
+    @property
+    def model(self) -> Model:
+        """The model as a function of the mean."""
+        return self.whole if self.part is None else PartOfModel(self.whole, self.part)
+
+    @property
+    def mean(self) -> Any:
+        """The parameter at which the posterior stands, a pytree like theta or like what `subset` selects."""
+        return self.precision.theta
 
     @property
     def curvature(self) -> Any:
@@ -68,8 +77,7 @@ class LaplacePosterior(eqx.Module):
 
     def covariance(self) -> jax.Array:
         """The covariance [d, d] in u^2, in `ravel_pytree` order."""
-        S = self.precision.solve(jnp.eye(self.d, dtype=self.flat.dtype))
-        return (S + S.T) / 2
+        return self.precision.covariance()
 
     def standard_deviations(self) -> Any:
         """Standard deviations in u, a pytree like the mean."""
@@ -82,9 +90,50 @@ class LaplacePosterior(eqx.Module):
 
     def log_prob(self, theta: Any) -> jax.Array:
         """The log-density of one parameter, a pytree like the mean."""
-        delta = ravel_pytree(theta)[0] - self.flat
-        length = delta @ self.precision.multiply(delta[:, None])[:, 0]
-        return (self.precision.logdet() - self.d * jnp.log(2 * jnp.pi) - length) / 2
+        return self.as_distribution().log_prob(ravel_pytree(theta)[0])
+
+    def as_distribution(self) -> NormalLaw:
+        """A numpyro distribution over the flat parameter [d], in `ravel_pytree` order."""
+        return NormalLaw(self.flat, self.precision)
+
+    def to_arviz(self, key: jax.Array, draws: int = 1000, chains: int = 4) -> Any:
+        """Draws as ArviZ's InferenceData (a DataTree from ArviZ 1.0 on), one variable for each leaf of the mean.
+
+        Args:
+            key: for the draws, which are independent.
+            draws: how many in each chain.
+            chains: how many.
+        """
+        return to_arviz(self, key, draws, chains)
+
+    def diagnose(self, key: jax.Array, y: Any, x: Any = None, draws: int = 1000) -> LaplacePosterior:
+        """Compare with the true log joint; the posterior with its `diagnosis`, which the display then shows.
+
+        Args:
+            key: for the draws.
+            y: the observations that it was fitted to; x: their inputs.
+            draws: importance-weighted draws, whose weights give Pareto's k.
+        """
+        return eqx.tree_at(lambda p: p.diagnosis, self, diagnose(self, key, y, x, draws), is_leaf=lambda p: p is None)
+
+    def null_directions(self) -> list[str]:
+        """Directions about which the data say nothing, so that they are the prior's, in words; at most ten.
+
+        For a matrix its null directions up to 1000 parameters; else the parameters whose information is 0.
+        """
+        return null_directions(self.curvature, parameter_names(self.mean))
+
+    def save(self, path: Any) -> None:
+        """Write the posterior to a file, for `load_posterior`; the model is not in it.
+
+        Args:
+            path: a file's name; `.npz` is not added.
+
+        Raises:
+            ValueError: the curvature is not one of this package's, or theta is made of other containers than dicts,
+                lists and tuples.
+        """
+        save(self, path)
 
     def log_prior(self) -> jax.Array:
         """The log-density of the prior at the mean, up to the d/2 log 2 pi that the evidence cancels."""
@@ -101,15 +150,25 @@ class LaplacePosterior(eqx.Module):
         """
         return self.log_likelihood + self.log_prior() - self.precision.logdet() / 2
 
+    def gain(self) -> jax.Array:
+        r"""How much the log joint rises from the mean to the mode of the quadratic: half the square of `away`.
+
+        It is :math:`\frac12 s^\top\Lambda^{-1}s` for the gradient s of the log joint at the mean.
+        """
+        slope = lambda n, gradient, prior, flat, around: n * gradient - prior * (flat - around)
+        s = run(slope, self.n, self.gradient, self.precision.prior, self.flat, jnp.asarray(self.prior_mean))
+        return s @ self.precision.solve(s) / 2
+
     def with_prior(self, prior_precision: Any, prior_mean: Any = None) -> LaplacePosterior:
         """The same posterior under another prior: nothing is read from the data again, and the mean stays."""
-        mean = self.prior_mean if prior_mean is None else _spread(prior_mean, self.mean, "prior_mean")
-        return _posterior(
-            self.model,
+        mean = self.prior_mean if prior_mean is None else spread(prior_mean, self.mean, "prior_mean")
+        return assemble(
+            self.whole,
+            self.part,
             self.mean,
             self.curvature,
             self.n,
-            _positive(prior_precision, self.mean),
+            positive(prior_precision, self.mean),
             mean,
             self.log_likelihood,
             self.gradient,
@@ -166,116 +225,27 @@ class LaplacePosterior(eqx.Module):
 
     def _words(self) -> str:
         kind = type(self.curvature).__name__
-        return f"{kind}, {float(self.n):.0f} observations, {float(self.away):.2g} standard deviations from its mode"
+        words = [f"{kind}, {float(self.n):.0f} observations, {float(self.away):.2g} standard deviations from its mode"]
+        null = self.null_directions()
+        if null:
+            more = f" and {len(null) - 3} more" if len(null) > 3 else ""
+            words.append(f"The data say nothing along {'; '.join(null[:3])}{more}: there it is the prior")
+        return ". ".join([*words, *([] if self.diagnosis is None else [str(self.diagnosis)])]) + "."
+
+    def __repr__(self) -> str:
+        return f"LaplacePosterior(d={self.d}, curvature={type(self.curvature).__name__})"
 
 
-def laplace(
-    model: Model,
-    theta: Any,
-    y: Any,
-    x: Any = None,
-    *,
-    prior_precision: Any = 1.0,
-    prior_mean: Any = 0.0,
-    curvature: Callable[..., Any] = dense_fisher,
-    law: Law = Exact(),  # noqa: B008
-    subset: Callable[[Any], Any] | None = None,
-    must_be_mode: bool = False,
+def assemble(
+    model: Model, part: Part | None, mean: Any, F: Any, n: Any, prior: Any, prior_mean: Any, value: Any, gradient: Any
 ) -> LaplacePosterior:
-    r"""Approximate a posterior by a normal law at its mode, with precision :math:`n F + P`.
-
-    F is the Fisher information per observation at theta and P the precision of a normal prior with independent
-    parameters. For a linear model with normal noise this is the posterior itself.
-
-    Args:
-        model: `model(theta)` or `model(theta, x)`, a distribution.
-        theta: the mode, a pytree with d scalars; units u. Fit it first: this function does not move it.
-        y: observations with leading axis n.
-        x: inputs with leading axis n, for a conditional model.
-        prior_precision: a number, a pytree with one number (or array) per leaf, or an array [d]; in 1/u^2. Zero is the
-            flat prior, which needs a regular F.
-        prior_mean: the same forms, in u.
-        curvature: `dense_fisher`, `diagonal_fisher`, `kronecker_fisher`, `low_rank_fisher`, `implicit_fisher`, or any
-            function of their signature.
-        law: the law of the curvature's expectation.
-        subset: a function from theta to the part that is uncertain, `lambda t: t["out"]`; the rest is held fixed, and
-            everything the posterior gives is about that part.
-        must_be_mode: raise, instead of warning, where theta is more than a tenth of a posterior standard deviation from
-            the mode of the quadratic.
-
-    Returns:
-        A `LaplacePosterior`.
-
-    Raises:
-        ValueError: y outside the support; a negative prior precision; n F + prior is singular; a prior that the
-            structure cannot carry; `subset` selects nothing; theta is not finite.
-
-    Example:
-        >>> import numpyro.distributions as dist
-        >>> y = jnp.array([1.0, 2.0, 3.0])  # normal with variance 1, prior precision 1: the mode is 6 / 4
-        >>> posterior = laplace(lambda t: dist.Normal(t, 1.0), jnp.array(1.5), y)
-        >>> print(posterior.mean, posterior.standard_deviations())  # 1 / sqrt(3 + 1)
-        1.5 0.5
-
-    Derived in the chapter "Laplace posteriors". Source: MacKay (1992), sections 2 and 3.
-    """
-    model, theta = _select(model, theta, subset)
-    flat, unravel = flatten(theta)
-    mean = unravel(flat)
-    y = check_observations(model, mean, y, x)
-    n = jnp.asarray(len(y), flat.dtype)
-
-    def likelihood(flat: jax.Array, y: jax.Array, x: Any) -> jax.Array:
-        block = Conditional.of(model, unravel(flat), x, split=False)
-        return jnp.sum(block.log_prob(y[None] if x is not None else y[:, None]))
-
-    value, gradient = run(jax.value_and_grad(likelihood), flat, y, x)
-    F = curvature(model, mean, x, law=law)
-    if tuple(getattr(F, "shape", ())) != (flat.size, flat.size):
-        raise ValueError(f"curvature has shape {getattr(F, 'shape', None)} but the parameters are {flat.size} scalars")
-    prior = _positive(prior_precision, mean)
-    posterior = _posterior(model, mean, F, n, prior, _spread(prior_mean, mean, "prior_mean"), value, gradient / n)
-    return _checked(posterior, must_be_mode)
+    """The posterior with everything that is computed once: the factor of its precision, and the way to its mode."""
+    factor = factorise(F, mean, n, prior)
+    posterior = LaplacePosterior(model, part, factor, prior_mean, value, gradient, jnp.zeros(()))
+    return eqx.tree_at(lambda p: p.away, posterior, jnp.sqrt(jnp.maximum(2 * posterior.gain(), 0)))
 
 
-def _select(model: Model, theta: Any, subset: Callable[[Any], Any] | None) -> tuple[Model, Any]:
-    """The model of the part of theta that is uncertain, and that part."""
-    if subset is None:
-        return model, theta
-    part = subset(theta)
-    if not jax.tree.leaves(part):
-        raise ValueError("subset selects nothing: it must return a part of theta, as in lambda t: t['out']")
-
-    def of_part(part: Any, *x: Any) -> Any:
-        return model(eqx.tree_at(subset, theta, part), *x)
-
-    return of_part, part
-
-
-def _posterior(
-    model: Model, mean: Any, F: Any, n: Any, prior: Any, prior_mean: Any, value: Any, gradient: Any
-) -> LaplacePosterior:
-    factor = factorise(F, n, prior, lambda: parameter_names(mean))
-    slope = n * gradient - prior * (ravel_pytree(mean)[0] - prior_mean)
-    away = jnp.sqrt(jnp.maximum(slope @ factor.solve(slope[:, None])[:, 0], 0))
-    return LaplacePosterior(model, mean, factor, prior_mean, value, gradient, away)
-
-
-def _checked(posterior: LaplacePosterior, must_be_mode: bool) -> LaplacePosterior:
-    if is_traced(posterior):
-        return posterior
-    if float(posterior.away) > AWAY:
-        message = (
-            f"theta is not the mode: the step to it is {float(posterior.away):.2g} posterior standard deviations long; "
-            "fit theta to the log-likelihood plus the log-prior first"
-        )
-        if must_be_mode:
-            raise ValueError(message)
-        warnings.warn(message, stacklevel=3)
-    return posterior
-
-
-def _spread(value: Any, theta: Any, name: str) -> jax.Array:
+def spread(value: Any, theta: Any, name: str) -> jax.Array:
     """A number, one number or array per leaf, or [d], as a scalar or [d]."""
     flat = ravel_pytree(theta)[0]
     if jax.tree.structure(value) == jax.tree.structure(0.0) and jnp.shape(value) in ((), (flat.size,)):
@@ -290,6 +260,6 @@ def _spread(value: Any, theta: Any, name: str) -> jax.Array:
     return require(jnp.all(jnp.isfinite(found)), found, f"{name} is not finite")
 
 
-def _positive(prior_precision: Any, theta: Any) -> jax.Array:
-    prior = _spread(prior_precision, theta, "prior_precision")
+def positive(prior_precision: Any, theta: Any) -> jax.Array:
+    prior = spread(prior_precision, theta, "prior_precision")
     return require(jnp.all(prior >= 0), prior, "prior_precision must not be negative")

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 
-from ..compilation import run
 from ..families import innermost
-from ..model import row_count
-from ..root import CAP
+from .distributions import EqualMixture
+from .forms import joint_covariance, moments
 from .outputs import Head, find_head, read, rebuild
 
 METHODS = ("linear", "probit", "bridge", "linear_samples", "samples")
@@ -19,8 +18,15 @@ METHODS = ("linear", "probit", "bridge", "linear_samples", "samples")
 
 def output_distribution(posterior: Any, x: Any, joint: bool) -> Any:
     head = find_head(posterior.model, posterior.mean, x)
-    mean, covariance = _joint(posterior, x, head) if joint else _moments(posterior, x, head)
-    return _normal(mean, covariance)
+    return _normal(*_moments(posterior, x, head, joint))
+
+
+def _moments(posterior: Any, x: Any, head: Head, joint: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Mean and covariance of the linearised outputs: [n, q] and [n, q, q], or of all inputs together."""
+    if not joint:
+        return moments(posterior.model, posterior.precision, x, head)
+    mean = read(posterior.model, posterior.mean, x, head).ravel()
+    return mean, joint_covariance(posterior.model, posterior.precision, x, head)
 
 
 def predictive(posterior: Any, x: Any, method: str | None, key: Any, draws: int, joint: bool) -> Any:
@@ -47,7 +53,7 @@ def predictive(posterior: Any, x: Any, method: str | None, key: Any, draws: int,
         if key is None:
             raise ValueError(f"method={method!r} draws: pass key=")
         return _mixture(posterior, x, head, method, key, draws)
-    mean, covariance = _joint(posterior, x, head) if joint else _moments(posterior, x, head)
+    mean, covariance = _moments(posterior, x, head, joint)
     if method == "linear":
         noise = jnp.broadcast_to(inner.scale, inner.batch_shape).reshape(mean.shape) ** 2
         return _normal(mean, covariance + noise[..., None] * jnp.eye(mean.shape[-1]), scalar=not (head.events or joint))
@@ -80,50 +86,6 @@ def _normal(mean: jax.Array, covariance: jax.Array, scalar: bool = False) -> Any
     return dist.MultivariateNormal(mean, covariance + (tiny + jnp.finfo(mean.dtype).tiny) * jnp.eye(mean.shape[-1]))
 
 
-def _jacobian(posterior: Any, one: Any, head: Head) -> jax.Array:
-    """d outputs / d mean for one row of inputs, [q, d]."""
-    unravel = jax.flatten_util.ravel_pytree(posterior.mean)[1]
-    x = None if one is None else jax.tree.map(lambda a: a[None], one)
-    f = lambda flat: read(posterior.model, unravel(flat), x, head)[0]
-    return (jax.jacrev if head.q < posterior.d else jax.jacfwd)(f)(posterior.flat)
-
-
-def _moments(posterior: Any, x: Any, head: Head) -> tuple[jax.Array, jax.Array]:
-    """Means [n, q] and covariances [n, q, q] of the linearised outputs, a block of inputs at a time."""
-
-    def all_rows(posterior: Any, x: Any) -> tuple[jax.Array, jax.Array]:
-        mean = read(posterior.model, posterior.mean, x, head)
-        forms = lambda J: posterior.precision.forms(jnp.swapaxes(J, 1, 2))
-        if x is None:
-            return mean, forms(_jacobian(posterior, None, head)[None])
-        n = row_count(x)
-        size = max(1, min(n, CAP // (4 * head.q * posterior.d)))
-        pad = -n % size
-        blocks = jax.tree.map(
-            lambda a: jnp.concatenate([a, jnp.repeat(a[:1], pad, 0)]).reshape(-1, size, *a.shape[1:]), x
-        )
-        block = lambda rows: forms(jax.vmap(lambda one: _jacobian(posterior, one, head))(rows))
-        return mean, jax.lax.map(block, blocks).reshape(-1, head.q, head.q)[:n]
-
-    x = None if x is None else jax.tree.map(jnp.asarray, x)
-    return run(all_rows, posterior, x)
-
-
-def _joint(posterior: Any, x: Any, head: Head) -> tuple[jax.Array, jax.Array]:
-    """Mean [n q] and covariance [n q, n q] of the outputs of all inputs."""
-
-    def all_rows(posterior: Any, x: Any) -> tuple[jax.Array, jax.Array]:
-        mean = read(posterior.model, posterior.mean, x, head).ravel()
-        if x is None:
-            J = _jacobian(posterior, None, head)
-        else:
-            J = jax.vmap(lambda one: _jacobian(posterior, one, head))(x).reshape(-1, posterior.d)
-        return mean, posterior.precision.forms(J.T[None])[0]
-
-    x = None if x is None else jax.tree.map(jnp.asarray, x)
-    return run(all_rows, posterior, x)
-
-
 def _mixture(posterior: Any, x: Any, head: Head, method: str, key: Any, draws: int) -> Any:
     """An equal-weight mixture of the laws at drawn outputs [n, draws, q]."""
     if draws < 1:
@@ -139,15 +101,4 @@ def _mixture(posterior: Any, x: Any, head: Head, method: str, key: Any, draws: i
     parts = rebuild(posterior.model, posterior.mean, x, head, outputs)
     if isinstance(parts, (dist.CategoricalLogits, dist.CategoricalProbs)):
         return dist.Categorical(probs=jnp.mean(parts.probs, -2))  # a mixture of class probabilities is their mean
-    if _moving_support(parts):
-        name = type(parts).__name__
-        raise ValueError(f"numpyro has no mixture of {name}, whose support depends on a parameter: use draws of it")
-    shape = (draws,) if x is None else (len(outputs), draws)
-    return dist.MixtureSameFamily(dist.Categorical(probs=jnp.full(shape, 1 / draws)), parts)
-
-
-def _moving_support(d: Any) -> bool:
-    support = d.support
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return not isinstance(support, dist.constraints.ParameterFreeConstraint)
+    return EqualMixture(parts, 0 if x is None else 1)

@@ -10,3 +10,4 @@ from .kronecker import KroneckerFisher as KroneckerFisher
 from .kronecker import kronecker_fisher as kronecker_fisher
 from .low_rank import LowRankFisher as LowRankFisher
 from .low_rank import low_rank_fisher as low_rank_fisher
+from .observed import observed_information as observed_information

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,10 @@ class ImplicitFisher(Fisher):
     def _linear(self) -> Callable[[jax.Array], jax.Array]:
         """v -> R v, from what is kept of it where it is."""
         return linearize(self.root) if self.kept is None else jax.tree.unflatten(self.form, self.kept)
+
+    def for_a_file(self) -> ImplicitFisher:
+        """Without the linearised model, which is made anew from the data that are kept."""
+        return dataclasses.replace(self, kept=None, form=None)
 
     def _product(self) -> Callable[[jax.Array], jax.Array]:
         """V [d, k] -> R^T R V, linearised once however often it is called."""

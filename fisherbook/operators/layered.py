@@ -47,10 +47,10 @@ def layers_of(root: Root) -> Layers | None:
 
 def report(root: Root) -> Layers:
     """The layers of what theta moves, and what is in none."""
-    return find_layers(lambda flat, one: outputs(one, flat), root.flat, _first(root), leaf_sizes(root.theta))
+    return find_layers(lambda flat, one: outputs(one, flat), root.flat, first_row(root), leaf_sizes(root.theta))
 
 
-def _first(root: Root) -> Root:
+def first_row(root: Root) -> Root:
     return replace(root, rows=jax.tree.map(lambda a: jnp.asarray(a)[:1], root.rows))
 
 
@@ -111,7 +111,7 @@ def entries(layers: Layers) -> list[np.ndarray]:
 
 def pays(root: Root, layers: Layers) -> bool:
     """Whether some block of F is less work from activations and signals than from rows of R."""
-    forms = jax.eval_shape(lambda one: parts(one, layers), _first(root))
+    forms = jax.eval_shape(lambda one: parts(one, layers), first_row(root))
     return any(_cost(p, q)[0] for k, p in enumerate(forms) for q in forms[k:])
 
 
@@ -124,7 +124,7 @@ def matrix(root: Root, layers: Layers) -> jax.Array:
     whole = over_blocks(root, products, root.n * _width(root, layers), root.d**2)
     where = entries(layers)
     sizes = [len(e) for e in where]
-    forms = jax.eval_shape(lambda r: parts(r, layers), _first(root))
+    forms = jax.eval_shape(lambda r: parts(r, layers), first_row(root))
     rows = []
     for p in range(len(where)):
         blocks = []
@@ -153,7 +153,7 @@ def scatter(rows: jax.Array, at: np.ndarray, d: int) -> jax.Array:
 
 def _width(root: Root, layers: Layers) -> int:
     """Scalars held for one input: the largest outer products of two layers, or rows written out."""
-    r, forms = row_shape(root), jax.eval_shape(lambda one: parts(one, layers), _first(root))
+    r, forms = row_shape(root), jax.eval_shape(lambda one: parts(one, layers), first_row(root))
     pairs = [_cost(p, q)[1] for k, p in enumerate(forms) for q in forms[k:]]
     return max(pairs) + sum(r * p.widths[1] + p.widths[0] for p in forms)
 
@@ -251,7 +251,7 @@ def trace(root: Root, layers: Layers) -> jax.Array:
 
 def _thin(root: Root, layers: Layers) -> int:
     """Scalars held for one input by activations, signals and rows that are written out."""
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda one: parts(one, layers), _first(root))))
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda one: parts(one, layers), first_row(root))))
 
 
 def shared(layers: Layers) -> bool:
