@@ -16,7 +16,7 @@ from ..model import Model, parameter_names, require
 from .diagnosis import diagnose, null_directions, to_arviz
 from .distributions import NormalLaw
 from .part import Part, PartOfModel
-from .precision import Precision, factorise
+from .precision import factorise
 from .predictive import output_distribution, predictive
 from .saving import save
 
@@ -34,7 +34,7 @@ class LaplacePosterior(eqx.Module):
 
     whole: Model = eqx.field(static=True)  # the model as it was passed
     part: Part | None  # of its theta, where `subset` selected one
-    precision: Precision
+    precision: Any  # a Precision
     prior_mean: Any
     log_likelihood: Any
     gradient: Any  # of the mean log-likelihood, [d]
