@@ -45,6 +45,6 @@ def test_needs_nothing_of_the_book(archives):
         name = next(name for name in wheel.namelist() if name.endswith("METADATA"))
         metadata = email.message_from_bytes(wheel.read(name))
     needs = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
-    expected = {"jax", "numpy", "numpyro", "equinox", "lineax", "matfree", "optax", "scipy"}
+    expected = {"jax", "numpy", "numpyro", "equinox", "lineax", "matfree", "optax", "scipy", "tqdm"}
     assert {re.match(r"[\w-]+", need).group() for need in needs} == expected
     assert metadata["Requires-Python"] == ">=3.11"
