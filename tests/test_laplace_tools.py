@@ -12,7 +12,7 @@ import scipy.optimize
 import scipy.stats
 
 import fisherbook as fb
-from fisherbook.laplace import laplace, load_posterior, tune_prior
+from fisherbook.laplace import diagnosis, laplace, load_posterior, tune_prior
 from fisherbook.operators import observed_information
 
 RNG = np.random.default_rng(1)
@@ -231,6 +231,15 @@ def test_a_heavy_tail_is_found_out():
     found = posterior.diagnose(KEY, y, draws=4000).diagnosis
     assert found.pareto_k > found.limit
     assert "NOT the true posterior" in str(found)
+
+
+@pytest.mark.parametrize("k", [0.2, 0.5, 0.9])
+def test_shape_of_a_known_tail(k):
+    """Weights from a Pareto law of shape k, at its quantiles: the estimate has the shape, in every version of ArviZ."""
+    weights = (1 - (np.arange(10_000) + 0.5) / 10_000) ** -k
+    found, effective = diagnosis._tail(np.log(weights), 10_000)
+    np.testing.assert_allclose(found, k, atol=0.05)
+    np.testing.assert_allclose(effective, weights.sum() ** 2 / (weights**2).sum(), rtol=0.2)  # the largest are smoothed
 
 
 def test_directions_are_the_widest():

@@ -132,22 +132,28 @@ def _arviz(what: str) -> Any:
         raise ImportError(f"{what} needs ArviZ: pip install 'fisherbook[arviz]'") from error
 
 
+def _is_old(arviz: Any) -> bool:
+    """Whether it is a version before 1, which has InferenceData."""
+    return int(arviz.__version__.split(".")[0]) < 1
+
+
 def _tail(log_weights: np.ndarray, draws: int) -> tuple[float, float]:
     """Pareto's k of the largest weights, and the effective number of draws after their smoothing, by ArviZ."""
     arviz = _arviz("diagnose")
-    if not np.isfinite(log_weights).sum() > draws / 2:
+    inside = log_weights[np.isfinite(log_weights)]
+    if len(inside) <= draws / 2:
         return float("inf"), 0.0
-    if np.std(log_weights[np.isfinite(log_weights)]) < EQUAL and np.isfinite(log_weights).all():
+    if np.std(inside) < EQUAL and len(inside) == draws:
         return -float("inf"), float(draws)
-    low = np.where(np.isfinite(log_weights), log_weights, np.min(log_weights[np.isfinite(log_weights)]) - 700)
-    if hasattr(arviz, "psislw"):
-        smooth, k = arviz.psislw(low)
-    else:  # ArviZ 1
-        from arviz_stats.base import array_stats
-
-        smooth, k = array_stats.psislw(low)
-    weights = np.exp(np.asarray(smooth) - np.max(smooth))
-    return float(k), float(weights.sum() ** 2 / (weights**2).sum())
+    ratios = inside - np.max(inside)
+    with np.errstate(all="ignore"):
+        if _is_old(arviz):
+            smoothed, k = arviz.psislw(ratios)
+        else:  # which takes the log-likelihoods of a leave-one-out estimate, and changes their sign
+            smoothed, k = importlib.import_module("arviz_stats.base").array_stats.psislw(-ratios)
+    weights = np.exp(np.asarray(smoothed) - np.max(smoothed))
+    k = float(k) if np.isfinite(k) else float("inf")  # no Pareto law fits
+    return k, float(weights.sum() ** 2 / (weights**2).sum())
 
 
 def null_directions(F: Any, names: list[str]) -> list[str]:
@@ -171,6 +177,4 @@ def to_arviz(posterior: Any, key: jax.Array, draws: int, chains: int) -> Any:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path) or "theta"
         found[name] = np.asarray(leaf)
-    return (
-        arviz.from_dict(posterior=found) if hasattr(arviz, "InferenceData") else arviz.from_dict({"posterior": found})
-    )
+    return arviz.from_dict(posterior=found) if _is_old(arviz) else arviz.from_dict({"posterior": found})
