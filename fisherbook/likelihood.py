@@ -49,7 +49,7 @@ class Likelihood:
     def _value(self, flat: jax.Array, x: Any, y: jax.Array, weight: jax.Array) -> Any:
         block = Conditional.of(self.model, self.unravel(flat), x, split=False)
         log_p = block.log_prob(y[None] if x is not None else y[:, None]).ravel()
-        return jnp.mean(weight * log_p), (jnp.mean(weight * jnp.abs(log_p)), _inside(block.distribution))
+        return jnp.mean(weight * log_p), (jnp.mean(weight * jnp.abs(log_p)), inside(block.distribution))
 
     def information(self, flat: jax.Array) -> np.ndarray:
         """`score_covariance` with the rows' weights, refined as there; the rule that converged serves the next step."""
@@ -77,15 +77,15 @@ def _covariance(problem: Any, flat: jax.Array, rows: Rows) -> tuple[jax.Array, H
     return (F + F.T) / (2 * problem.n), health
 
 
-def _inside(distribution: Any) -> jax.Array:
+def inside(distribution: Any) -> jax.Array:
     """Whether the distribution's parameters meet their constraints, in every row."""
-    inside = jnp.ones((), bool)
+    ok = jnp.ones((), bool)
     for name, constraint in getattr(distribution, "arg_constraints", {}).items():
         value = distribution.__dict__.get(name)
         if value is None or not callable(constraint) or getattr(constraint, "is_discrete", False):
             continue
         if type(constraint).__name__ == "_Simplex":  # its tolerance is not that of float32
-            inside &= jnp.all(value >= 0)
+            ok &= jnp.all(value >= 0)
         else:
-            inside &= jnp.all(constraint(value))
-    return inside
+            ok &= jnp.all(constraint(value))
+    return ok

@@ -16,7 +16,8 @@ from jax.flatten_util import ravel_pytree
 from ..bounds import name_direction
 from ..compilation import run
 from ..families import innermost
-from ..model import Conditional, call, check_observations, is_traced, parameter_names
+from ..likelihood import inside
+from ..model import Conditional, check_observations, is_traced, parameter_names, path_name
 from ..operators.base import Fisher
 from ..operators.dense import DenseFisher
 
@@ -71,7 +72,8 @@ def diagnose(posterior: Any, key: jax.Array, y: Any, x: Any, draws: int) -> Diag
     def log_joint(flat: jax.Array, prior: jax.Array, prior_mean: jax.Array, y: jax.Array, x: Any) -> jax.Array:
         block = Conditional.of(posterior.model, unravel(flat), x, split=False)
         fit = jnp.sum(block.log_prob(y[None] if x is not None else y[:, None]))
-        fit = jnp.where(_in_domain(call(posterior.model, unravel(flat), x)), fit, -jnp.inf)
+        # outside of its parameters' sets numpyro may answer with the density at the edge
+        fit = jnp.where(inside(innermost(block.distribution)), fit, -jnp.inf)
         return fit - jnp.sum(prior * (flat - prior_mean) ** 2) / 2
 
     data = (posterior.precision.prior, jnp.asarray(posterior.prior_mean), y, x)
@@ -83,7 +85,7 @@ def diagnose(posterior: Any, key: jax.Array, y: Any, x: Any, draws: int) -> Diag
     lengths = jnp.sum(white * posterior.precision.multiply(white.T).T, 1)
     weights = np.asarray(each + lengths / 2, float)
     outside = int(np.sum(~np.isfinite(weights)))
-    pareto_k, effective = _tail(np.where(np.isfinite(weights), weights, -np.inf), draws)
+    pareto_k, effective = _tail(weights, draws)
     sd, directions = _widest(posterior)
 
     def third(flat: jax.Array, v: jax.Array, *more: Any) -> jax.Array:
@@ -94,16 +96,6 @@ def diagnose(posterior: Any, key: jax.Array, y: Any, x: Any, draws: int) -> Diag
     names = parameter_names(posterior.mean)
     words = tuple(name_direction(np.asarray(v), names) for v in directions)
     return Diagnosis(pareto_k, effective, draws, outside, skew, words)
-
-
-def _in_domain(distribution: Any) -> Any:
-    """Whether its parameters are in their sets; outside, numpyro may answer with the density at the edge."""
-    inner, ok = innermost(distribution), True
-    for name, constraint in getattr(inner, "arg_constraints", {}).items():
-        value = vars(inner).get(name)
-        if value is not None and not getattr(constraint, "is_discrete", False) and constraint.event_dim == 0:
-            ok = ok & jnp.all(constraint(value))
-    return ok
 
 
 def _widest(posterior: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -140,12 +132,12 @@ def _is_old(arviz: Any) -> bool:
 def _tail(log_weights: np.ndarray, draws: int) -> tuple[float, float]:
     """Pareto's k of the largest weights, and the effective number of draws after their smoothing, by ArviZ."""
     arviz = _arviz("diagnose")
-    inside = log_weights[np.isfinite(log_weights)]
-    if len(inside) <= draws / 2:
+    kept = log_weights[np.isfinite(log_weights)]
+    if len(kept) <= draws / 2:
         return float("inf"), 0.0
-    if np.std(inside) < EQUAL and len(inside) == draws:
+    if np.std(kept) < EQUAL and len(kept) == draws:
         return -float("inf"), float(draws)
-    ratios = inside - np.max(inside)
+    ratios = kept - np.max(kept)
     with np.errstate(all="ignore"):
         if _is_old(arviz):
             smoothed, k = arviz.psislw(ratios)
@@ -175,6 +167,5 @@ def to_arviz(posterior: Any, key: jax.Array, draws: int, chains: int) -> Any:
     tree = posterior.sample(key, (chains, draws))
     found = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path) or "theta"
-        found[name] = np.asarray(leaf)
+        found[path_name(path)] = np.asarray(leaf)
     return arviz.from_dict(posterior=found) if _is_old(arviz) else arviz.from_dict({"posterior": found})

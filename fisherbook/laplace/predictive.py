@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 
 from ..families import innermost
+from ..model import call
 from .distributions import EqualMixture
 from .forms import joint_covariance, moments
 from .outputs import Head, find_head, read, rebuild
@@ -32,8 +33,7 @@ def _moments(posterior: Any, x: Any, head: Head, joint: bool = False) -> tuple[j
 def predictive(posterior: Any, x: Any, method: str | None, key: Any, draws: int, joint: bool) -> Any:
     head = find_head(posterior.model, posterior.mean, x)
     names = [o.name for o in head.outputs]
-    whole = posterior.model(posterior.mean) if x is None else posterior.model(posterior.mean, x)
-    inner = innermost(whole)
+    inner = innermost(call(posterior.model, posterior.mean, x))
     linear = type(inner) is dist.Normal and names == ["loc"]
     classes = isinstance(inner, (dist.CategoricalLogits, dist.CategoricalProbs))
     binary = isinstance(inner, (dist.BernoulliLogits, dist.BernoulliProbs)) and not head.events

@@ -98,7 +98,7 @@ def tune_prior(
         raise ValueError(f"bounds must be positive and ordered, got {bounds}")
     if y is not None and per_leaf:
         raise ValueError("per_leaf=True chooses by the evidence only: leave out y, or per_leaf")
-    leaves, tree = jax.tree.flatten(posterior.mean)
+    tree = jax.tree.structure(posterior.mean)
     tried: list[tuple[Any, float]] = []
     range_ = (float(np.log(low)), float(np.log(high)))
 
@@ -116,7 +116,7 @@ def tune_prior(
         law = posterior.with_prior(unpack(jnp.asarray(logs))).predictive(x, method=method)
         return float(jnp.mean(law.log_prob(jnp.asarray(y))))
 
-    begin = _inside(posterior, leaves, per_leaf, low, high)
+    begin = _inside(posterior, per_leaf, low, high)
     if per_leaf:  # a structure that cannot carry it says so here, in words, and not from inside of a program
         posterior.with_prior(unpack(jnp.asarray(begin + np.arange(len(begin)) / 100)))
     if y is None:
@@ -158,7 +158,7 @@ def tune_prior(
     return TunedPrior(chosen, precision, float(objective), float(start), tried, by, converged)
 
 
-def _inside(posterior: LaplacePosterior, leaves: list[Any], per_leaf: bool, low: float, high: float) -> np.ndarray:
+def _inside(posterior: LaplacePosterior, per_leaf: bool, low: float, high: float) -> np.ndarray:
     """Logarithms of the prior before, within the bounds."""
     prior = np.broadcast_to(np.asarray(posterior.precision.prior, float), (posterior.d,))
     if not per_leaf:
