@@ -264,11 +264,11 @@ def residuals(root: Root) -> int:
 def over_blocks(root: Root, function: Callable[[Root], Any], scalars: int, sums: int = 0) -> Any:
     """Sum `function` over blocks of rows such that a block of them holds about `BLOCK` of the `scalars` that all need.
 
-    Where the result has many entries, `sums`, a block holds four times as many, so that adding up costs little. With
+    Where the result has many entries, `sums`, a block holds two thirds as many, so that adding up costs little. With
     several devices it holds about `CAP`: a block would be cut across the devices that hold the rows.
     """
     n = root.n
-    held = min(max(BLOCK, 4 * sums), CAP) if jax.device_count() == 1 else CAP
+    held = min(max(BLOCK, 2 * sums // 3), CAP) if jax.device_count() == 1 else CAP
     count = min(n, -(-scalars // held))
     if count <= 1:
         return function(root)

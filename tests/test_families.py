@@ -326,8 +326,15 @@ def test_shapes_of_events():
     assert (logits.shape, n.shape) == ((2, 3), (2,))
     assert push_forward(dist.Multinomial(jnp.array([3, 4]), logits=jnp.zeros(3)), (jnp.ones((2, 3)), None)).shape == (
         2,
-        3,
+        2,  # C - 1 rows carry all there is
     )
+
+
+def test_a_single_class_carries_no_information():
+    d = dist.Categorical(logits=jnp.zeros((4, 1)))
+    np.testing.assert_array_equal(push_forward(d, (jnp.ones((4, 1)),)), np.zeros((4, 1)))
+    F = fb.implicit_fisher(lambda t: dist.Categorical(logits=t), jnp.zeros(1))
+    assert F.trace() == 0
 
 
 def test_integers_beside_float32_stay_float32():

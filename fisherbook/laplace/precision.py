@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from ..compilation import run
 from ..model import is_traced, parameter_names, require
+from ..operators import tiles
 from ..operators.base import Fisher, Vector
 from ..operators.dense import DenseFisher
 from ..operators.factor import cholesky
@@ -142,15 +141,8 @@ def _inverse(L: jax.Array) -> jax.Array:
 
 def _squared(T: jax.Array) -> jax.Array:
     """T^T T for a lower triangle T: tiles on and above the diagonal, from the rows that are not zero in them."""
-    d = len(T)
-    edges = np.linspace(0, d, -(-d // WHOLE) + 1).astype(int)
-    parts = [slice(*pair) for pair in itertools.pairwise(edges)]
-    S = jnp.zeros_like(T)
-    for k, i in enumerate(parts):
-        for j in parts[k:]:
-            tile = T[j.start :, i].T @ T[j.start :, j]
-            S = S.at[i, j].set(tile).at[j, i].set(tile.T if i != j else (tile + tile.T) / 2)
-    return S
+    parts = tiles.cut(len(T), -(-len(T) // WHOLE))
+    return tiles.assemble(tiles.upper(parts, lambda i, j: T[j.start :, i].T @ T[j.start :, j]), len(parts))
 
 
 def factorise(F: Any, theta: Any, n: jax.Array, prior: jax.Array) -> Precision:

@@ -12,7 +12,7 @@ from ..law import Data, Exact, Law
 from ..model import Model
 from ..root import Root, dense_rows, over_blocks, row_shape
 from ..score import weighted_score_covariance
-from . import layered
+from . import layered, tiles
 from .base import Fisher
 from .factor import cholesky
 from .streams import mean_over_rows
@@ -99,7 +99,7 @@ def dense_fisher(model: Model, theta: Any, x: Any = None, *, law: Law = Exact())
     return DenseFisher(theta, jnp.ones((), matrix.dtype), law_name(law), matrix)
 
 
-PIECES, WIDTH = 5, 400  # of the columns of R: XLA does not use the symmetry of R^T R, so it gets the upper tiles only
+PIECES, WIDTH = 7, 344  # tiles of R^T R: at most so many across, of about so many columns where there are fewer
 
 
 def gram_of_columns(root: Root) -> jax.Array:
@@ -107,19 +107,14 @@ def gram_of_columns(root: Root) -> jax.Array:
     layers = layered.layers_of(root)
     if layers is not None and layered.pays(root, layers):
         return layered.matrix(root, layers)
-
-    pieces = min(PIECES, -(-root.d // WIDTH))
-    edges = [root.d * i // pieces for i in range(pieces + 1)]
-    tiles = [(slice(*edges[i : i + 2]), slice(*edges[j : j + 2])) for i in range(pieces) for j in range(i, pieces)]
+    parts = tiles.cut(root.d, min(PIECES, -(-root.d // WIDTH)))
 
     def block(part: Root) -> list[jax.Array]:
         R = dense_rows(part).reshape(-1, part.d)
-        return [R[:, i].T @ R[:, j] for i, j in tiles]
+        return tiles.upper(parts, lambda i, j: R[:, i].T @ R[:, j])
 
-    F = jnp.zeros((root.d, root.d), root.flat.dtype)
-    for (i, j), tile in zip(tiles, over_blocks(root, block, root.n * row_shape(root) * root.d), strict=True):
-        F = F.at[i, j].set(tile).at[j, i].set(tile.T if i != j else (tile + tile.T) / 2)
-    return F
+    found = over_blocks(root, block, root.n * row_shape(root) * root.d, root.d**2)
+    return tiles.assemble(found, len(parts))
 
 
 def law_name(law: Law) -> str:
