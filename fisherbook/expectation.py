@@ -18,6 +18,8 @@ from .model import (
     check_observations,
     flatten,
     is_traced,
+    not_finite,
+    out_of_domain,
     row_count,
     take_rows,
 )
@@ -81,7 +83,7 @@ def check_domain(model: Model, theta: Any, x: Any) -> None:
     """Distribution parameters outside their domain: numpyro would answer with NaN, or worse, with a number."""
     if is_traced(theta, x):
         return
-    few = x if x is None else take_rows(x, slice(0, 1000))
+    few = x if x is None or not_finite(x) else take_rows(x, slice(0, 1000))
     d = Conditional.of(model, theta, few, split=True).distribution
     for name, constraint in getattr(d, "arg_constraints", {}).items():
         value = d.__dict__.get(name)
@@ -96,7 +98,7 @@ def check_domain(model: Model, theta: Any, x: Any) -> None:
             if slack and np.all(np.abs(np.sum(value, -1) - 1) <= slack) and np.all(np.asarray(value) >= 0):
                 continue
             raise ValueError(
-                f"theta is outside its domain: it gives {type(d).__name__} {name} = "
+                f"{out_of_domain(x)}: {type(d).__name__} {name} = "
                 f"{np.array2string(np.asarray(value), threshold=6)}, which is not {constraint}"
             )
 

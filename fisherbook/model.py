@@ -94,7 +94,8 @@ def row_count(x: Any, name: str = "x") -> int:
     """Length of the leading axis that all leaves of `x` share."""
     if getattr(x, "streamed", False):
         raise TypeError(
-            f"{name} is Batches, which only the operators take: dense_fisher, kronecker_fisher and the others"
+            f"{name} is Batches, which only laplace and the operators take, dense_fisher and the others: "
+            "pass arrays, or one batch after the other"
         )
     leaves = tree_flatten_with_path(x)[0]
     if not leaves or any(np.ndim(leaf) == 0 for _, leaf in leaves):
@@ -105,11 +106,33 @@ def row_count(x: Any, name: str = "x") -> int:
     n = next(iter(lengths.values()))
     if n == 0:
         raise ValueError(f"{name} has no rows")
+    explicit = lambda leaf: isinstance(leaf, jax.Array) and any(jax.typeof(leaf).sharding.spec)
+    if any(explicit(leaf) for _, leaf in leaves):
+        raise ValueError(
+            f"{name} is sharded over a mesh with explicit axes, as jax.make_mesh makes them by default: make the mesh "
+            "with axis_types=(jax.sharding.AxisType.Auto,) * len(axis_names)"
+        )
     return int(n)
 
 
 def take_rows(x: Any, rows: Any) -> Any:
     return jax.tree.map(lambda a: a[rows], x)
+
+
+def not_finite(x: Any) -> str | None:
+    """Where x holds NaN or infinity, in words, if it does and that is known."""
+    for path, leaf in tree_flatten_with_path(x)[0]:
+        known = not is_traced(leaf) and getattr(leaf, "is_fully_addressable", True)
+        if known and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            bad = ~np.isfinite(np.asarray(leaf)).reshape(len(leaf), -1).all(1)
+            if bad.any():
+                return f"x{keystr(path)} is not finite at row {int(np.argmax(bad))}"
+    return None
+
+
+def out_of_domain(x: Any) -> str:
+    """What a distribution without a law is to be blamed on."""
+    return not_finite(x) or "theta is outside its domain"
 
 
 def call(model: Model, theta: Any, x: Any) -> Any:
@@ -118,7 +141,7 @@ def call(model: Model, theta: Any, x: Any) -> Any:
         distribution = model(theta) if x is None else model(theta, x)
     except ValueError as error:
         if "invalid" in str(error) and "parameter" in str(error):  # numpyro's own validation
-            raise ValueError(f"theta is outside its domain: {error}") from error
+            raise ValueError(f"{out_of_domain(x)}: {error}") from error
         raise
     if not callable(getattr(distribution, "log_prob", None)) or not hasattr(distribution, "batch_shape"):
         raise TypeError(

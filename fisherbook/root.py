@@ -21,7 +21,7 @@ from .compilation import run
 from .expectation import Problem, Rows, check_domain, depend, inspect, prepare, rows_weight, settle
 from .families import find_family, own_parameters, push_forward
 from .law import Data, Exact, Law, Plan, check_law
-from .model import Conditional, Model, call, flatten, is_traced, row_count, take_rows
+from .model import Conditional, Model, call, flatten, is_traced, out_of_domain, row_count, take_rows
 
 CAP = 2**26  # scalars that may be held at once
 BLOCK = 2**21  # of them, for one block of inputs: small enough to stay near the processor
@@ -144,39 +144,45 @@ def _checked(root: Root) -> Any:
 
     def compare(theta: Any, x: Any) -> jax.Array:
         together = own(theta, x)
-        single = jax.lax.map(lambda row: own(theta, jax.tree.map(lambda a: a[None], row)), x)
+        single = jax.lax.map(lambda row: own(theta, jax.tree.map(lambda a: a[None], row)), x).ravel()
+        known = lambda v: jnp.nan_to_num(jnp.sort(v), posinf=0.0, neginf=0.0)  # what is not finite is named elsewhere
+        together, single = known(together), known(single)
         size = 1 + jnp.max(jnp.abs(single))
         # rows by rows against parameter by parameter: sorted, they hold the same numbers
-        return jnp.max(jnp.abs(jnp.sort(together) - jnp.sort(single.ravel()))) / (
-            1e4 * jnp.finfo(size.dtype).eps * size
-        )
+        return jnp.max(jnp.abs(together - single)) / (1e4 * jnp.finfo(size.dtype).eps * size)
 
     dependent = run(compare, root.theta, sample) if root.n > 1 else 0.0
     if is_traced(root):
         return verdict(root.law, root.theta, Health(dependent=dependent))
-    at_edge, leaves = run(_at_edge, root)
+    at_edge, leaves, nan = run(_at_edge, root)
+    if nan:
+        raise ValueError(f"{out_of_domain(root.rows.x)}: it gives NaN for the parameters of the distribution")
     return verdict(root.law, root.theta, Health(dependent=dependent, edge=2.0 * at_edge, score=2.0 * leaves))
 
 
-def _at_edge(root: Root) -> tuple[jax.Array, jax.Array]:
-    """Whether, when theta moves, a probability or rate at the edge of its set leaves it, or probabilities their sum."""
+def _at_edge(root: Root) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Whether, when theta moves, a probability or rate at the edge of its set leaves it, or probabilities their sum.
+
+    And whether a parameter is NaN.
+    """
     family = find_family(call(root.model, root.theta, root.rows.x))
     assert family is not None
     names = family.parameters
     axes = len(Conditional.of(root.model, root.theta, root.rows.x, split=True).distribution.batch_shape)
     outside = {"probs": lambda p: (p <= 0) | (p >= 1), "rate": lambda rate: rate <= 0}
 
-    def look(theta: Any) -> tuple[jax.Array, jax.Array]:
+    def look(theta: Any) -> tuple[jax.Array, ...]:
         values = own_parameters(call(root.model, theta, root.rows.x))
         found = [jnp.ravel(outside[name](v)) for name, v in zip(names, values, strict=True) if name in outside]
         classes = [v for name, v in zip(names, values, strict=True) if name == "probs" and v.ndim > axes]
         total = [jnp.max(jnp.abs(jnp.sum(p, -1) - 1)) for p in classes]
-        return jnp.concatenate(found) if found else jnp.zeros(1, bool), jnp.stack(total) if total else jnp.zeros(1)
+        nan = jnp.stack([jnp.any(jnp.isnan(value)) for value in values])
+        return jnp.concatenate(found or [jnp.zeros(1, bool)]), jnp.stack(total or [jnp.zeros(())]), jnp.any(nan)
 
     moved = [jax.tree.map(lambda t, s=s: t + s * 1e-5 * (1 + jnp.abs(t)), root.theta) for s in (1.0, -1.0)]
-    (here, _), (up, total), (down, other) = look(root.theta), look(moved[0]), look(moved[1])
+    (here, _, nan), (up, total, _), (down, other, _) = look(root.theta), look(moved[0]), look(moved[1])
     off = jnp.max(jnp.maximum(total, other)) > jnp.sqrt(jnp.finfo(root.flat.dtype).eps)
-    return jnp.any(here & ~(up & down)), off
+    return jnp.any(here & ~(up & down)), off, nan
 
 
 # --- what R is made of: smooth outputs of the model, and a linear map from their tangents to rows ----------------

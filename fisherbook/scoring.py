@@ -17,7 +17,7 @@ from .bounds import name_direction
 from .inference import Information, information
 from .law import Data, Exact, Law, check_law
 from .likelihood import Likelihood, Value
-from .model import Model, check_observations, flatten, is_traced, parameter_names
+from .model import Model, check_observations, flatten, is_traced, not_finite, parameter_names, row_count
 
 ARMIJO = 1e-4  # the part of the promised increase that a step must deliver
 HALVINGS = 40
@@ -152,9 +152,12 @@ def fisher_scoring(
     Derived in the chapter "Maximum likelihood by Fisher scoring". Source: Fisher (1925); Rao (1948); Amari (1998);
     McCullagh and Nelder (1989), section 2.5.
     """
+    if x is not None:
+        row_count(x)
     _check_options(law, damping, tolerance, max_steps, (theta, y, x, weights))
     flat, unravel = flatten(theta)
-    x = _finite(x)
+    if bad := not_finite(x):
+        raise ValueError(bad)
     likelihood = Likelihood(model, unravel, check_observations(model, theta, y, x), x, law, weights)
     if tolerance is None:
         tolerance = 1e-18 if flat.dtype == jnp.float64 else 1e-10
@@ -184,14 +187,6 @@ def _check_options(law: Any, damping: Any, tolerance: Any, max_steps: Any, array
         raise ValueError(f"tolerance must be 0 or more, got {tolerance!r}")
     if not (isinstance(max_steps, (int, np.integer)) and max_steps >= 0):
         raise ValueError(f"max_steps must be a whole number, 0 or more, got {max_steps!r}")
-
-
-def _finite(x: Any) -> Any:
-    for leaf in jax.tree.leaves(x):
-        bad = np.argwhere(~np.isfinite(np.asarray(leaf, float)))
-        if len(bad):
-            raise ValueError(f"x is not finite at row {bad[0][0]}")
-    return x
 
 
 def _climb(

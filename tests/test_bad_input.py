@@ -269,3 +269,36 @@ def test_operators_name_the_same_culprits(operator):
     ]:
         with pytest.raises((ValueError, TypeError), match=match):
             call()
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("law", [fb.Exact(), fb.MonteCarlo(jax.random.key(0), 2)], ids=["exact", "draws"])
+def test_inputs_that_are_not_finite_are_named_however_late(operator, law):
+    x = np.ones((2500, 2))
+    x[2300, 1] = np.nan
+    for data, where in ((x, "x"), ({"a": x[:, :1], "b": x}, r"x\['b'\]")):
+        with pytest.raises(ValueError, match=f"{where} is not finite at row 2300"):
+            operator(lambda t, d: logit(t, d["b"] if isinstance(d, dict) else d), jnp.zeros(2), data, law=law)
+    masked = lambda t, x: logit(t, jnp.where(jnp.isnan(x), 0.0, x))  # a model may use NaN for what is missing
+    kept = operator(masked, jnp.zeros(2), x, law=law).trace()
+    np.testing.assert_allclose(kept, operator(logit, jnp.zeros(2), np.nan_to_num(x), law=law).trace(), rtol=1e-12)
+    late = lambda t, x: dist.Normal(jnp.log(x[:, 0] - 1.5) * t, 1.0, validate_args=False)  # NaN of the model's own
+    if operator is fb.implicit_fisher and law != fb.Exact():
+        return  # it looks at no row before the first product
+    with pytest.raises(ValueError, match=r"NaN for the parameters|F is not finite|is not finite at a possible outcome"):
+        operator(late, 1.0, np.where(np.arange(2500)[:, None] < 2300, 2.0, 1.0), law=law).trace()
+
+
+@pytest.mark.parametrize("operator", OPERATORS[:-1], ids=lambda f: f.__name__)
+def test_inputs_that_are_not_finite_under_jit(operator):
+    inside = jax.jit(lambda t, x: operator(logit, t, x).as_matrix())
+    assert np.isfinite(inside(jnp.zeros(2), X)).all()
+    with pytest.raises(RuntimeError, match="F is not finite"):
+        inside(jnp.zeros(2), jnp.asarray(X).at[3, 1].set(jnp.nan)).block_until_ready()
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda f: f.__name__)
+def test_inputs_of_more_digits_do_not_change_the_type(operator):
+    F = operator(logit, jnp.zeros(2, jnp.float32), np.asarray(X, np.float64))
+    found = (F.trace(), F.diagonal(), F @ jnp.ones(2), F.as_matrix(), F.logdet(0.1), F.solve(jnp.ones(2), 0.1))
+    assert {a.dtype for a in found} == {jnp.dtype("float32")}

@@ -102,5 +102,12 @@ def test_bad_input():
         jax.jit(lambda v: F @ v)(jnp.ones(F.d))
     with pytest.raises(ValueError, match="singular"):
         F.solve(jnp.ones(F.d))
-    with pytest.raises(TypeError, match="Batches"):
-        fb.score_covariance(model, THETA, fb.Batches(SPLIT))
+    with pytest.warns(UserWarning, match="not the mode"):
+        posterior = fb.laplace(model, THETA, Y, fb.Batches(SPLIT))
+    for call in (
+        lambda x: fb.score_covariance(model, THETA, x),
+        lambda x: fb.fisher_scoring(model, THETA, Y, x),
+        lambda x: posterior.predictive(x),
+    ):
+        with pytest.raises(TypeError, match="x is Batches, which only"):
+            call(fb.Batches(SPLIT))

@@ -40,6 +40,14 @@ for device in (jax.devices()[3], jax.devices()[5]):  # one program text, another
 inside = jax.jit(lambda t, x: fb.dense_fisher(model, t, x).as_matrix())
 np.testing.assert_allclose(inside(theta, spread), fb.dense_fisher(model, theta, x).as_matrix(), atol=1e-12)
 text = inside.lower(theta, spread).compile().as_text()
+typed = jax.device_put(x, NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data")))  # explicit axes
+for call in (lambda t, x: fb.dense_fisher(model, t, x), inside):
+    try:
+        call(theta, typed)
+    except ValueError as error:
+        assert "axis_types=(jax.sharding.AxisType.Auto,)" in str(error)
+    else:
+        raise AssertionError("explicit axes went through")
 assert "all-reduce" in text and "all-gather" not in text  # the sum travels, not the data
 print("same")
 """

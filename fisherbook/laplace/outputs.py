@@ -11,7 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 
 from ..families import find_family, innermost
-from ..model import Model, call
+from ..model import Model, call, row_count
 from ..root import depends
 
 
@@ -36,6 +36,8 @@ class Head(NamedTuple):
 
 def find_head(model: Model, theta: Any, x: Any) -> Head:
     """Read off one row of inputs which parameters theta moves."""
+    if x is not None:
+        row_count(x)
     one = None if x is None else jax.tree.map(lambda a: jnp.asarray(a)[:1], x)
     whole = call(model, theta, one)
     inner = innermost(whole)

@@ -15,7 +15,7 @@ from ..score import weighted_score_covariance
 from . import layered, tiles
 from .base import Fisher
 from .factor import cholesky
-from .streams import mean_over_rows
+from .streams import mean_over_rows, unit
 
 
 class DenseFisher(Fisher):
@@ -96,7 +96,7 @@ def dense_fisher(model: Model, theta: Any, x: Any = None, *, law: Law = Exact())
         return run(gram_of_columns, root)
 
     theta, matrix = mean_over_rows(model, theta, x, law, matrix_of)
-    return DenseFisher(theta, jnp.ones((), matrix.dtype), law_name(law), matrix)
+    return DenseFisher(theta, unit(x, jnp.diagonal(matrix)), law_name(law), matrix)
 
 
 PIECES, WIDTH = 7, 344  # tiles of R^T R: at most so many across, of about so many columns where there are fewer

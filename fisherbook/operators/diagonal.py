@@ -14,7 +14,7 @@ from ..root import Root, dense_rows, over_blocks, row_shape
 from . import layered
 from .base import Fisher
 from .dense import law_name
-from .streams import mean_over_rows
+from .streams import mean_over_rows, unit
 
 
 class DiagonalFisher(Fisher):
@@ -92,7 +92,7 @@ def diagonal_fisher(model: Model, theta: Any, x: Any = None, *, law: Law = Exact
     Derived in the chapter "Fisher at scale". Source: Kunstner, Balles and Hennig (2019), section 2.
     """
     theta, entries = mean_over_rows(model, theta, x, law, lambda root: run(squared_columns, root))
-    return DiagonalFisher(theta, jnp.ones((), entries.dtype), law_name(law), entries)
+    return DiagonalFisher(theta, unit(x, entries), law_name(law), entries)
 
 
 def squared_columns(root: Root) -> jax.Array:

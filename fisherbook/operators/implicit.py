@@ -69,11 +69,11 @@ class ImplicitFisher(Fisher):
         return lambda V: one(V[:, 0])[:, None] if V.shape[1] == 1 else jax.vmap(one, 1, 1)(V)
 
     def _diagonal(self) -> jax.Array:
-        return squared_columns(self.root)
+        return squared_columns(self.root).astype(self.dtype)
 
     def trace(self) -> jax.Array:
         """The trace, a scalar, exactly."""
-        return run(lambda F: F.scale * squared_norm(F.root), self)
+        return run(lambda F: F.scale * squared_norm(F.root).astype(F.dtype), self)
 
     @property
     def rows(self) -> int:

@@ -21,7 +21,7 @@ from .base import Fisher
 from .blocks import Block, make_block
 from .dense import law_name
 from .plan import Plan, make_plan
-from .streams import mean_over_rows
+from .streams import mean_over_rows, unit
 
 
 class KroneckerFisher(Fisher):
@@ -178,7 +178,7 @@ def kronecker_fisher(
         better = mean_over_rows(model, theta, x, law, squares)[1]
         pairs = zip(blocks, better, strict=False)
         blocks = (*(replace(b, values=s, corrected=True) for b, s in pairs), *blocks[len(better) :])
-    return KroneckerFisher(checked, jnp.ones((), blocks[0].values.dtype), law_name(law), blocks)
+    return KroneckerFisher(checked, unit(x, *(block.values for block in blocks)), law_name(law), blocks)
 
 
 def _blocks(moments: Any, plan: Plan, dtype: Any) -> tuple[Block, ...]:

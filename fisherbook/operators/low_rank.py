@@ -19,7 +19,7 @@ from .base import Fisher
 from .dense import law_name
 from .diagonal import squared_norm
 from .factor import cholesky
-from .streams import mean_over_rows
+from .streams import mean_over_rows, unit
 from .woodbury import Thin
 
 RANK, OVERSAMPLING, ROUNDS = 100, 10, 2
@@ -137,7 +137,7 @@ def low_rank_fisher(
         values, vectors, trace = run(lambda r: take(r, k, min(small, k + OVERSAMPLING)), root)
         checked = root.theta
     discarded = jnp.maximum(trace - jnp.sum(values), 0)
-    return LowRankFisher(checked, jnp.ones((), values.dtype), law_name(law), vectors, values, discarded)
+    return LowRankFisher(checked, unit(x, values), law_name(law), vectors, values, discarded)
 
 
 def _streamed(model: Model, theta: Any, x: Batches, law: Law, rank: int) -> tuple[Any, ...]:

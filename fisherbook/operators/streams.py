@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ..batches import Batches, pieces
 from ..law import Law
-from ..model import Model
+from ..model import Model, is_traced, out_of_domain, require
 from ..root import Root, make_root
 
 
@@ -25,10 +25,21 @@ def mean_over_rows(model: Model, theta: Any, x: Any, law: Law, function: Callabl
     total: Any = None
     count = 0
     for root in roots(model, theta, x, law):
-        value = function(root)
+        value, dtype = function(root), root.flat.dtype  # inputs of more digits do not change the type of theta's space
         if not isinstance(x, Batches):
-            return root.theta, value
+            return root.theta, jax.tree.map(lambda leaf, to=dtype: leaf.astype(to), value)
         scaled = jax.tree.map(lambda leaf, n=root.n: n * leaf, value)
         total = scaled if total is None else jax.tree.map(jnp.add, total, scaled)
         count += root.n
-    return root.theta, jax.tree.map(lambda leaf: leaf / count, total)
+    return root.theta, jax.tree.map(lambda leaf: (leaf / count).astype(dtype), total)
+
+
+def unit(x: Any, *entries: jax.Array) -> jax.Array:
+    """The scale 1 of an operator, or an error where `entries`, in which every row of R has a part, are not finite."""
+
+    def message() -> str:
+        where = "" if is_traced(x) or isinstance(x, Batches) or x is None else f" ({out_of_domain(x)})"
+        return f"F is not finite: the model, or its derivative, is NaN or infinite at some row of x{where}"
+
+    ok = jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in entries]))
+    return require(ok, jnp.ones((), entries[0].dtype), message)
