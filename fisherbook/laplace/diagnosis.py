@@ -48,7 +48,7 @@ class Diagnosis(eqx.Module):
 
     @property
     def limit(self) -> float:
-        """The largest k with which this many draws can do (Vehtari et al., 2024, section 3.2.4)."""
+        """The largest k with which this many draws can do (Vehtari et al., 2024)."""
         return min(1 - 1 / np.log10(self.draws), 0.7)
 
     def __str__(self) -> str:

@@ -72,7 +72,7 @@ def laplace(
         >>> print(posterior.mean, posterior.standard_deviations())  # 1 / sqrt(3 + 1)
         1.5 0.5
 
-    Derived in the chapter "Laplace posteriors". Source: MacKay (1992), sections 2 and 3.
+    Derived in the chapter "Laplace posteriors". Source: MacKay (1992).
     """
     whole, part = model, None
     if subset is not None:

@@ -89,7 +89,7 @@ def tune_prior(
         >>> print(round(tune_prior(flat).prior_precision, 4))  # 1 / (2^2 - 1/3)
         0.2727
 
-    Derived in the chapter "Evidence". Source: MacKay (1992), section 4.
+    Derived in the chapter "Evidence". Source: MacKay (1992).
     """
     if is_traced(posterior):
         raise ValueError("tune_prior cannot stand inside jax.jit: differentiate log_marginal_likelihood there")
