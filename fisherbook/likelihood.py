@@ -48,7 +48,7 @@ class Likelihood:
 
     def _value(self, flat: jax.Array, x: Any, y: jax.Array, weight: jax.Array) -> Any:
         block = Conditional.of(self.model, self.unravel(flat), x, split=False)
-        log_p = block.log_prob(y[None] if x is not None else y[:, None]).ravel()
+        log_p = block.of_observations(y)
         return jnp.mean(weight * log_p), (jnp.mean(weight * jnp.abs(log_p)), inside(block.distribution))
 
     def information(self, flat: jax.Array) -> np.ndarray:

@@ -202,6 +202,10 @@ class Conditional:
             )
         return value.reshape(y.shape[0], self.rows, -1)
 
+    def of_observations(self, y: jax.Array) -> jax.Array:
+        """log p(y) of n observations [n, *event], one number each: of the rows of x, or of repeats of one law."""
+        return self.log_prob(y[None] if self.conditional else y[:, None]).ravel()
+
     def inside(self, y: jax.Array) -> jax.Array:
         """Whether y [k, n, *sites, *event] lies in the support, as [k, n, m]."""
         y = y if self.conditional else y[:, 0]

@@ -71,7 +71,7 @@ def diagnose(posterior: Any, key: jax.Array, y: Any, x: Any, draws: int) -> Diag
 
     def log_joint(flat: jax.Array, prior: jax.Array, prior_mean: jax.Array, y: jax.Array, x: Any) -> jax.Array:
         block = Conditional.of(posterior.model, unravel(flat), x, split=False)
-        fit = jnp.sum(block.log_prob(y[None] if x is not None else y[:, None]))
+        fit = jnp.sum(block.of_observations(y))
         # outside of its parameters' sets numpyro may answer with the density at the edge
         fit = jnp.where(inside(innermost(block.distribution)), fit, -jnp.inf)
         return fit - jnp.sum(prior * (flat - prior_mean) ** 2) / 2

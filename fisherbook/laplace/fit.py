@@ -84,8 +84,7 @@ def laplace(
         raise ValueError("y comes in Batches, but x does not: pass both in batches of the same rows")
 
     def likelihood(flat: jax.Array, y: jax.Array, x: Any) -> jax.Array:
-        block = Conditional.of(model, unravel(flat), x, split=False)
-        return jnp.sum(block.log_prob(y[None] if x is not None else y[:, None]))
+        return jnp.sum(Conditional.of(model, unravel(flat), x, split=False).of_observations(y))
 
     n, value, gradient = 0, jnp.zeros((), flat.dtype), jnp.zeros_like(flat)
     for piece in pieces(_shown(x, progress, "log-likelihood"), Data(y)):
