@@ -192,19 +192,16 @@ def _sqrt_variance(l: jax.Array) -> jax.Array:
 
 
 def _class_logits(values: Values, tangents: tuple[Any, ...], d: Any) -> jax.Array:
-    """s_k = sqrt(p_k) (dl_k - p . dl), with tangents relative to the likeliest class: its 1 - p_k does not cancel.
-
-    s is orthogonal to sqrt(p). The reflection that takes sqrt(p) to minus the last axis turns s into C - 1 numbers,
-    s_k - sqrt(p_k) s_C / (1 + sqrt(p_C)), and a zero that is left out, except for a single class.
-    """
+    """s_k = sqrt(p_k) (dl_k - p . dl), relative to the likeliest class, whose 1 - p_k then does not cancel."""
     l, dl = values[0], tangents[0]
     top = jax.nn.one_hot(jnp.argmax(l, -1), l.shape[-1], dtype=l.dtype)
     half = jnp.exp((l - jax.lax.stop_gradient(jnp.max(l, -1, keepdims=True))) / 2)
     sqrt_p = half / jnp.sqrt(jnp.sum(half**2, -1, keepdims=True))
     dl = dl - jnp.sum(top * dl, -1, keepdims=True)
     s = dl - jnp.sum(sqrt_p**2 * dl, -1, keepdims=True)
-    last = sqrt_p[..., -1:]
-    return _sqrt_trials(values) * (sqrt_p * (s - last / (1 + last) * s[..., -1:]))[..., : max(l.shape[-1] - 1, 1)]
+    # s is orthogonal to sqrt(p): reflected to minus the last axis it has C - 1 numbers (one for a single class)
+    rows = sqrt_p * (s - s[..., -1:] * sqrt_p[..., -1:] / (1 + sqrt_p[..., -1:]))
+    return _sqrt_trials(values) * rows[..., : max(l.shape[-1] - 1, 1)]
 
 
 def _class_probs(values: Values, tangents: tuple[Any, ...], d: Any) -> jax.Array:
