@@ -124,7 +124,7 @@ def not_finite(x: Any) -> str | None:
     for path, leaf in tree_flatten_with_path(x)[0]:
         known = not is_traced(leaf) and getattr(leaf, "is_fully_addressable", True)
         if known and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            bad = ~np.isfinite(np.asarray(leaf)).reshape(len(leaf), -1).all(1)
+            bad = ~np.isfinite(np.asarray(leaf)).all(tuple(range(1, np.ndim(leaf))))
             if bad.any():
                 return f"x{keystr(path)} is not finite at row {int(np.argmax(bad))}"
     return None

@@ -302,3 +302,8 @@ def test_inputs_of_more_digits_do_not_change_the_type(operator):
     F = operator(logit, jnp.zeros(2, jnp.float32), np.asarray(X, np.float64))
     found = (F.trace(), F.diagonal(), F @ jnp.ones(2), F.as_matrix(), F.logdet(0.1), F.solve(jnp.ones(2), 0.1))
     assert {a.dtype for a in found} == {jnp.dtype("float32")}
+
+
+def test_inputs_without_columns():
+    F = fb.dense_fisher(lambda t, x: dist.Normal(t + x.sum(1), 2.0), 0.0, np.zeros((5, 0)))
+    np.testing.assert_allclose(F.as_matrix(), [[0.25]])
