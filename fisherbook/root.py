@@ -236,20 +236,27 @@ def transpose(linear: Map, d: jax.Array) -> Map:
     return lambda u: jax.linear_transpose(linear, d)(u)[0]
 
 
-def dense_rows(root: Root) -> jax.Array:
-    """R as an array [n, r, d], each row by whichever of forward and reverse mode needs fewer passes."""
+def leaf_rows(root: Root) -> list[jax.Array]:
+    """R as one array [n, r, size] per leaf of theta, by forward or reverse mode, whichever needs fewer passes."""
+    sizes = [int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(root.theta)]
+    leaves = lambda rows: jnp.split(rows, np.cumsum(sizes)[:-1], -1)
 
-    def row(rows: Rows) -> jax.Array:
-        linear = linearize(replace(root, rows=rows))
-        shape = jax.eval_shape(linear, root.flat)
+    def row(rows: Rows) -> list[jax.Array]:
+        linear, flat = linearize(replace(root, rows=rows)), root.flat
+        shape = jax.eval_shape(linear, flat)
         if root.d <= shape.size:
-            return jnp.moveaxis(jax.vmap(linear)(jnp.eye(root.d, dtype=root.flat.dtype)), 0, -1)[0]
+            return leaves(jnp.moveaxis(jax.vmap(linear)(jnp.eye(root.d, dtype=flat.dtype)), 0, -1)[0])
         units = jnp.eye(shape.size, dtype=shape.dtype).reshape(-1, *shape.shape)
-        return jax.vmap(transpose(linear, root.flat))(units)
+        return jax.vmap(lambda u: leaves(transpose(linear, flat)(u)))(units)
 
     if root.rows.x is None:
-        return row(root.rows)[None]
+        return [part[None] for part in row(root.rows)]
     return jax.vmap(row)(jax.tree.map(lambda a: jnp.asarray(a)[:, None], root.rows))
+
+
+def dense_rows(root: Root) -> jax.Array:
+    """R as an array [n, r, d]."""
+    return jnp.concatenate(leaf_rows(root), -1)
 
 
 def row_shape(root: Root) -> int:

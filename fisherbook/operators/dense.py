@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..compilation import run
 from ..law import Data, Exact, Law
 from ..model import Model
-from ..root import Root, dense_rows, over_blocks, row_shape
+from ..root import Root, leaf_rows, over_blocks, row_shape
 from ..score import weighted_score_covariance
 from . import layered, tiles
 from .base import Fisher
@@ -109,12 +111,25 @@ def gram_of_columns(root: Root) -> jax.Array:
         return layered.matrix(root, layers)
     parts = tiles.cut(root.d, min(PIECES, -(-root.d // WIDTH)))
 
+    edges = [0, *np.cumsum([np.size(leaf) for leaf in jax.tree.leaves(root.theta)]).tolist()]
+
     def block(part: Root) -> list[jax.Array]:
-        R = dense_rows(part).reshape(-1, part.d)
-        return tiles.upper(parts, lambda i, j: R[:, i].T @ R[:, j])
+        R = [jax.lax.collapse(rows, 0, 2) for rows in leaf_rows(part)]
+        columns = {i.start: _columns(R, edges, i) for i in parts}
+        return tiles.upper(parts, lambda i, j: columns[i.start].T @ columns[j.start])
 
     found = over_blocks(root, block, root.n * row_shape(root) * root.d, root.d**2)
     return tiles.assemble(found, len(parts))
+
+
+def _columns(R: list[jax.Array], edges: list[int], part: slice) -> jax.Array:
+    """Those columns of R whose leaves are `R` and begin at `edges`."""
+    pieces = [
+        rows[:, max(a, part.start) - a : min(b, part.stop) - a]
+        for rows, (a, b) in zip(R, itertools.pairwise(edges), strict=True)
+        if max(a, part.start) < min(b, part.stop)
+    ]
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, 1)
 
 
 def law_name(law: Law) -> str:

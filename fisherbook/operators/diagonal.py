@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ..compilation import run
 from ..law import Exact, Law
 from ..model import Model, is_traced, require
-from ..root import Root, dense_rows, over_blocks, row_shape
+from ..root import Root, leaf_rows, over_blocks, row_shape
 from . import layered
 from .base import Fisher
 from .dense import law_name
@@ -101,7 +101,8 @@ def squared_columns(root: Root) -> jax.Array:
     if layers is not None and not layered.shared(layers):
         return layered.diagonal(root, layers)
     scalars = root.n * row_shape(root) * root.d
-    return over_blocks(root, lambda part: jnp.sum(dense_rows(part) ** 2, (0, 1)), scalars)
+    squares = lambda part: [jnp.sum(rows**2, (0, 1)) for rows in leaf_rows(part)]
+    return jnp.concatenate(over_blocks(root, squares, scalars))
 
 
 def squared_norm(root: Root) -> jax.Array:
