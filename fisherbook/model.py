@@ -17,7 +17,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from .compilation import hide_constants
+from .compilation import hide_constants, run
 from .distributions import adapt, log_density
 
 Model = Callable[..., Any]
@@ -237,8 +237,12 @@ def check_observations(model: Model, theta: Any, y: Any, x: Any, name: str = "y"
     event = tuple(block.distribution.event_shape)
     if y.shape[1:] != event:
         raise ValueError(f"{name} has rows of shape {y.shape[1:]} but the model's events have shape {event}")
-    stacked = y[None] if x is not None else y[:, None]
-    possible = block.inside(stacked) & (block.log_prob(stacked) > -jnp.inf)
+
+    def inside(theta: Any, y: jax.Array, x: Any) -> jax.Array:
+        block, stacked = Conditional.of(model, theta, x, split=False), y[None] if x is not None else y[:, None]
+        return block.inside(stacked) & (block.log_prob(stacked) > -jnp.inf)
+
+    possible = run(inside, theta, y, x)
     if is_traced(possible):
         return require(jnp.all(possible), y, f"{name} has values outside the support of the model")
     possible = np.ravel(possible)

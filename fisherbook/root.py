@@ -18,6 +18,7 @@ from jax.flatten_util import ravel_pytree
 
 from .checks import Health, verdict
 from .compilation import run
+from .dependence import depends
 from .expectation import Problem, Rows, check_domain, depend, inspect, prepare, rows_weight, settle
 from .families import find_family, own_parameters, push_forward
 from .law import Data, Exact, Law, Plan, check_law
@@ -104,45 +105,27 @@ def make_root(
 
 def _closed_form(model: Model, theta: Any, x: Any) -> tuple[bool, ...] | None:
     """Which of the family's parameters depend on theta; None where there is no closed form for those."""
-    first = None if x is None else take_rows(x, slice(0, 1))
-    Conditional.of(model, theta, first, split=False)  # its checks of the batch shape
-    family = find_family(call(model, theta, first))
+    first, families = None if x is None else take_rows(x, slice(0, 1)), []
+
+    def look(theta: Any) -> tuple[jax.Array, ...]:
+        distribution = Conditional.of(model, theta, first, split=False).distribution  # its checks of the batch shape
+        families.append(find_family(distribution))
+        return own_parameters(distribution) if families[-1] else ()
+
+    varying, family = depends(look, theta), families[-1]
     if family is None:
         return None
-    varying = depends(lambda t: own_parameters(call(model, t, first)), theta)
     blocked = any(v and name in family.fixed for v, name in zip(varying, family.parameters, strict=True))
     return None if blocked or not any(varying) else varying
-
-
-def depends(function: Callable[[Any], tuple[Any, ...]], theta: Any) -> tuple[bool, ...]:
-    """Which outputs of `function` depend on theta, read off its program."""
-    closed = jax.make_jaxpr(function)(theta)
-    return _reached(closed.jaxpr, [True] * len(closed.jaxpr.invars))
-
-
-def _reached(jaxpr: Any, inputs: list[bool]) -> tuple[bool, ...]:
-    seen = {v for v, on in zip(jaxpr.invars, inputs, strict=True) if on}
-    moves = lambda atom: not hasattr(atom, "val") and atom in seen
-    for eqn in jaxpr.eqns:
-        on = [moves(atom) for atom in eqn.invars]
-        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-        inner = getattr(inner, "jaxpr", inner)
-        if eqn.primitive.name == "stop_gradient" or not any(on):
-            continue
-        same = inner is not None and len(inner.invars) == len(on) and len(inner.outvars) == len(eqn.outvars)
-        calls = same and eqn.primitive.name not in ("scan", "while", "cond")
-        outs = _reached(inner, on) if calls else [True] * len(eqn.outvars)
-        seen |= {v for v, out in zip(eqn.outvars, outs, strict=True) if out}
-    return tuple(moves(atom) for atom in jaxpr.outvars)
 
 
 def _checked(root: Root) -> Any:
     """theta, or an error where rows depend on each other, or a parameter is at the edge of its set and moves."""
     few = np.unique(np.linspace(0, root.n - 1, 4).astype(int))
-    sample = None if root.rows.x is None else take_rows(root.rows.x, few)
     own = lambda theta, x: jnp.concatenate([jnp.ravel(p) for p in own_parameters(call(root.model, theta, x))])
 
     def compare(theta: Any, x: Any) -> jax.Array:
+        x = take_rows(x, few)
         together = own(theta, x)
         single = jax.lax.map(lambda row: own(theta, jax.tree.map(lambda a: a[None], row)), x).ravel()
         known = lambda v: jnp.nan_to_num(jnp.sort(v), posinf=0.0, neginf=0.0)  # what is not finite is named elsewhere
@@ -151,7 +134,7 @@ def _checked(root: Root) -> Any:
         # rows by rows against parameter by parameter: sorted, they hold the same numbers
         return jnp.max(jnp.abs(together - single)) / (1e4 * jnp.finfo(size.dtype).eps * size)
 
-    dependent = run(compare, root.theta, sample) if root.n > 1 else 0.0
+    dependent = run(compare, root.theta, root.rows.x) if root.n > 1 else 0.0
     if is_traced(root):
         return verdict(root.law, root.theta, Health(dependent=dependent))
     at_edge, leaves, nan = run(_at_edge, root)

@@ -86,18 +86,19 @@ def laplace(
     def likelihood(flat: jax.Array, y: jax.Array, x: Any) -> jax.Array:
         return jnp.sum(Conditional.of(model, unravel(flat), x, split=False).of_observations(y))
 
-    n, value, gradient = 0, jnp.zeros((), flat.dtype), jnp.zeros_like(flat)
+    n, sums = 0, None
     for piece in pieces(_shown(x, progress, "log-likelihood"), Data(y)):
         assert isinstance(piece.law, Data)
         rows = check_observations(model, mean, piece.law.y, piece.x)
         more = run(jax.value_and_grad(likelihood), flat, rows, piece.x)
-        n, value, gradient = n + len(rows), value + more[0], gradient + more[1]
+        n, sums = n + len(rows), more if sums is None else jax.tree.map(jnp.add, sums, more)
     F = curvature(model, mean, _shown(x, progress, "curvature"), law=law)
     if tuple(getattr(F, "shape", ())) != (flat.size, flat.size):
         raise ValueError(f"curvature has shape {getattr(F, 'shape', None)} but the parameters are {flat.size} scalars")
     prior, around = positive(prior_precision, mean), spread(prior_mean, mean, "prior_mean")
     count = jnp.asarray(n, flat.dtype)
-    posterior = assemble(whole, part, mean, F, count, prior, around, value, gradient / count)
+    assert sums is not None
+    posterior = assemble(whole, part, mean, F, count, prior, around, sums[0], sums[1] / count)
     return _checked(posterior, must_be_mode)
 
 

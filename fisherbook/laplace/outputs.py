@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
+from ..dependence import depends
 from ..families import find_family, innermost
 from ..model import Model, call, row_count
-from ..root import depends
 
 
 class Output(NamedTuple):
@@ -39,20 +39,25 @@ def find_head(model: Model, theta: Any, x: Any) -> Head:
     if x is not None:
         row_count(x)
     one = None if x is None else jax.tree.map(lambda a: jnp.asarray(a)[:1], x)
-    whole = call(model, theta, one)
-    inner = innermost(whole)
-    names = _names(inner)
-    rows = 0 if x is None else 1
-    moved = depends(lambda t: tuple(jnp.asarray(getattr(innermost(call(model, t, one)), n)) for n in names), theta)
-    outputs = []
-    for name in (n for n, moves in zip(names, moved, strict=True) if moves):
-        value = jnp.asarray(getattr(inner, name))
-        axes = _event_axes(inner, name)
-        shape = (*inner.batch_shape[rows:], *value.shape[value.ndim - axes :])
-        outputs.append(Output(name, tuple(shape), name == "probs" and axes > 0))
+    every: list[Output] = []
+    events = 0
+
+    def look(theta: Any) -> tuple[jax.Array, ...]:
+        nonlocal events
+        whole = call(model, theta, one)
+        inner = innermost(whole)
+        values = {name: jnp.asarray(getattr(inner, name)) for name in _names(inner)}
+        for name, value in values.items():
+            axes = _event_axes(inner, name)
+            shape = (*inner.batch_shape[0 if x is None else 1 :], *value.shape[value.ndim - axes :])
+            every.append(Output(name, tuple(shape), name == "probs" and axes > 0))
+        events = len(whole.event_shape) - len(inner.event_shape)
+        return tuple(values.values())
+
+    outputs = [output for output, moves in zip(every, depends(look, theta), strict=True) if moves]
     if not outputs:
         raise ValueError("theta moves no parameter of the model's distribution, so it has no outputs to predict with")
-    return Head(tuple(outputs), len(whole.event_shape) - len(inner.event_shape))
+    return Head(tuple(outputs), events)
 
 
 def read(model: Model, theta: Any, x: Any, head: Head) -> jax.Array:

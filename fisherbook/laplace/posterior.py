@@ -71,9 +71,14 @@ class LaplacePosterior(eqx.Module):
 
     def _tree(self, V: jax.Array) -> Any:
         """Arrays [..., d] as a pytree with leaves [..., *shape]."""
-        unravel = ravel_pytree(self.mean)[1]
-        out = jax.vmap(unravel)(V.reshape(-1, self.d))
-        return jax.tree.map(lambda leaf: leaf.reshape(*V.shape[:-1], *leaf.shape[1:]), out)
+
+        leaves, form = jax.tree.flatten(self.mean)
+
+        def cut(leaves: list[jax.Array], V: jax.Array) -> list[jax.Array]:
+            out = jax.vmap(ravel_pytree(leaves)[1])(V.reshape(-1, V.shape[-1]))
+            return [leaf.reshape(*V.shape[:-1], *leaf.shape[1:]) for leaf in out]
+
+        return jax.tree.unflatten(form, run(cut, leaves, V))
 
     def covariance(self) -> jax.Array:
         """The covariance [d, d] in u^2, in `ravel_pytree` order."""
@@ -140,7 +145,8 @@ class LaplacePosterior(eqx.Module):
         precision = jnp.broadcast_to(self.precision.prior, (self.d,))
         hint = "a prior precision of 0 has no density, so the marginal likelihood is not defined: pass a positive one"
         precision = require(jnp.all(precision > 0), precision, hint)
-        return jnp.sum(jnp.log(precision) - precision * (self.flat - self.prior_mean) ** 2) / 2
+        density = lambda precision, step: jnp.sum(jnp.log(precision) - precision * step**2) / 2
+        return run(density, precision, self.flat - self.prior_mean)
 
     def log_marginal_likelihood(self) -> jax.Array:
         r"""The evidence in Laplace's approximation, a scalar; differentiable in the prior precision.
@@ -242,7 +248,8 @@ def assemble(
     """The posterior with everything that is computed once: the factor of its precision, and the way to its mode."""
     factor = factorise(F, mean, n, prior)
     posterior = LaplacePosterior(model, part, factor, prior_mean, value, gradient, jnp.zeros(()))
-    return eqx.tree_at(lambda p: p.away, posterior, jnp.sqrt(jnp.maximum(2 * posterior.gain(), 0)))
+    away = run(lambda gain: jnp.sqrt(jnp.maximum(2 * gain, 0)), posterior.gain())
+    return eqx.tree_at(lambda p: p.away, posterior, away)
 
 
 def spread(value: Any, theta: Any, name: str) -> jax.Array:

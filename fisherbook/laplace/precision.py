@@ -109,11 +109,15 @@ class DensePrecision(Precision):
         return run(lambda L, V: jax.scipy.linalg.cho_solve((L, True), V), self.L, V)
 
     def logdet(self) -> jax.Array:
-        return 2 * jnp.sum(jnp.log(jnp.diagonal(self.L)))
+        return run(lambda L: 2 * jnp.sum(jnp.log(jnp.diagonal(L))), self.L)
 
     def draws(self, key: jax.Array, count: int) -> jax.Array:
-        white = jax.random.normal(key, (len(self.L), count), self.L.dtype)
-        return jax.scipy.linalg.solve_triangular(self.L, white, lower=True, trans=1).T
+
+        def draw(L: jax.Array, key: jax.Array) -> jax.Array:
+            white = jax.random.normal(key, (len(L), count), L.dtype)
+            return jax.scipy.linalg.solve_triangular(L, white, lower=True, trans=1).T
+
+        return run(draw, self.L, key)
 
     def variances(self) -> jax.Array:
         return run(lambda L: jnp.sum(_inverse(L) ** 2, 0), self.L)

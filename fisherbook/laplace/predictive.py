@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 
+from ..compilation import run
 from ..families import innermost
 from ..model import call
 from .distributions import EqualMixture
@@ -52,20 +53,21 @@ def predictive(posterior: Any, x: Any, method: str | None, key: Any, draws: int,
     if method in ("linear_samples", "samples"):
         if key is None:
             raise ValueError(f"method={method!r} draws: pass key=")
-        return _mixture(posterior, x, head, method, key, draws)
+        return _mixture(posterior, x, head, method, key, draws, classes)
     mean, covariance = _moments(posterior, x, head, joint)
     if method == "linear":
         noise = jnp.broadcast_to(inner.scale, inner.batch_shape).reshape(mean.shape) ** 2
         return _normal(mean, covariance + noise[..., None] * jnp.eye(mean.shape[-1]), scalar=not (head.events or joint))
-    variance = jnp.diagonal(covariance, axis1=-2, axis2=-1)
-    if method == "probit":
-        logits = mean / jnp.sqrt(1 + jnp.pi / 8 * variance)
-        return (
-            dist.Categorical(probs=jax.nn.softmax(logits))
-            if classes
-            else dist.Bernoulli(probs=jax.nn.sigmoid(logits[..., 0]))
-        )
-    return dist.Categorical(probs=_bridge(mean, covariance))
+    if method == "bridge":
+        return dist.Categorical(probs=run(_bridge, mean, covariance))
+    squash = jax.nn.softmax if classes else lambda logits: jax.nn.sigmoid(logits[..., 0])
+    probs = run(lambda mean, covariance: squash(_widened(mean, covariance)), mean, covariance)
+    return (dist.Categorical if classes else dist.Bernoulli)(probs=probs)
+
+
+def _widened(mean: jax.Array, covariance: jax.Array) -> jax.Array:
+    """The logits whose probabilities are about the mean probabilities of normal logits."""
+    return mean / jnp.sqrt(1 + jnp.pi / 8 * jnp.diagonal(covariance, axis1=-2, axis2=-1))
 
 
 def _bridge(mean: jax.Array, covariance: jax.Array) -> jax.Array:
@@ -82,23 +84,34 @@ def _bridge(mean: jax.Array, covariance: jax.Array) -> jax.Array:
 def _normal(mean: jax.Array, covariance: jax.Array, scalar: bool = False) -> Any:
     if scalar:
         return dist.Normal(mean[..., 0], jnp.sqrt(covariance[..., 0, 0]))
-    tiny = jnp.finfo(mean.dtype).eps * jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None]
-    return dist.MultivariateNormal(mean, covariance + (tiny + jnp.finfo(mean.dtype).tiny) * jnp.eye(mean.shape[-1]))
+
+    def root(covariance: jax.Array) -> jax.Array:
+        limits = jnp.finfo(covariance.dtype)  # so little that a singular covariance has a root
+        tiny = limits.eps * jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None] + limits.tiny
+        return jnp.linalg.cholesky(covariance + tiny * jnp.eye(covariance.shape[-1]))
+
+    return dist.MultivariateNormal(mean, scale_tril=run(root, covariance))
 
 
-def _mixture(posterior: Any, x: Any, head: Head, method: str, key: Any, draws: int) -> Any:
+def _mixture(posterior: Any, x: Any, head: Head, method: str, key: Any, draws: int, classes: bool) -> Any:
     """An equal-weight mixture of the laws at drawn outputs [n, draws, q]."""
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
-    if method == "linear_samples":
-        mean, covariance = _moments(posterior, x, head)
+
+    def linear(mean: jax.Array, covariance: jax.Array, key: jax.Array) -> jax.Array:
         values, vectors = jnp.linalg.eigh(covariance)  # covariances may be singular
         white = jax.random.normal(key, (*mean.shape[:1], draws, head.q), mean.dtype)
-        outputs = mean[:, None] + jnp.einsum("nij,nsj->nsi", vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None], white)
-    else:
+        return mean[:, None] + jnp.einsum("nij,nsj->nsi", vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None], white)
+
+    def whole(thetas: Any, x: Any) -> jax.Array:
         each = lambda theta: read(posterior.model, theta, x, head)
-        outputs = jnp.swapaxes(jax.lax.map(each, posterior.sample(key, (draws,)), batch_size=32), 0, 1)
-    parts = rebuild(posterior.model, posterior.mean, x, head, outputs)
-    if isinstance(parts, (dist.CategoricalLogits, dist.CategoricalProbs)):
-        return dist.Categorical(probs=jnp.mean(parts.probs, -2))  # a mixture of class probabilities is their mean
-    return EqualMixture(parts, 0 if x is None else 1)
+        return jnp.swapaxes(jax.lax.map(each, thetas, batch_size=32), 0, 1)
+
+    if method == "linear_samples":
+        outputs = run(linear, *_moments(posterior, x, head), key)
+    else:
+        outputs = run(whole, posterior.sample(key, (draws,)), x)
+    parts = lambda mean, x, outputs: rebuild(posterior.model, mean, x, head, outputs)
+    if classes:  # a mixture of class probabilities is their mean
+        return dist.Categorical(probs=run(lambda *args: jnp.mean(parts(*args).probs, -2), posterior.mean, x, outputs))
+    return EqualMixture(parts(posterior.mean, x, outputs), 0 if x is None else 1)

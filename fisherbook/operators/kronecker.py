@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,42 @@ from .dense import law_name
 from .plan import Plan, make_plan
 from .streams import mean_over_rows, unit
 
+Blocks = tuple[Block, ...]
+
+
+def _each(blocks: Blocks, V: jax.Array, function: Callable[..., jax.Array], *more: Sequence[jax.Array]) -> jax.Array:
+    """Apply `function(block, rows of V, one of each of more)` to every block and put the answers where they belong."""
+    out = [function(block, V[block.index.at], *rest) for block, *rest in zip(blocks, *more, strict=True)]
+    return layered.scatter(jnp.concatenate(out), np.concatenate([b.index.at for b in blocks]), len(V))
+
+
+# compiled once for all blocks of these shapes, as no model is called in them
+
+
+@jax.jit
+def _add(blocks: Blocks, damping: jax.Array) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """Eigenvalues of F + damping; by how much a block's damping differs; its smallest eigenvalue by the largest."""
+    levels = [damping[block.index.at] if damping.ndim else damping for block in blocks]
+    found = [block.values + jnp.ravel(level)[0] for block, level in zip(blocks, levels, strict=True)]
+    ratio = [jnp.min(total) / jnp.maximum(jnp.max(total), jnp.finfo(total.dtype).tiny) for total in found]
+    return found, jnp.stack([jnp.max(level) - jnp.min(level) for level in levels]), jnp.stack(ratio)
+
+
+@jax.jit
+def _divide(blocks: Blocks, V: jax.Array, totals: list[jax.Array]) -> jax.Array:
+    return _each(blocks, V, lambda block, v, total: block.back(block.into(v) / total[..., None]), totals)
+
+
+@jax.jit
+def _color(blocks: Blocks, white: jax.Array, totals: list[jax.Array]) -> jax.Array:
+    scaled = lambda block, z, total: z.reshape(*block.shape, -1) / jnp.sqrt(total)[..., None]
+    return _each(blocks, white, lambda block, z, total: block.back(scaled(block, z, total)), totals)
+
+
+@jax.jit
+def _logarithms(totals: list[jax.Array]) -> jax.Array:
+    return jnp.sum(jnp.stack([jnp.sum(jnp.log(total)) for total in totals]))
+
 
 class KroneckerFisher(Fisher):
     """F without the blocks between layers, and each layer's block as a Kronecker product.
@@ -31,12 +67,10 @@ class KroneckerFisher(Fisher):
     must be one number for all the leaves of a layer, or it would not separate.
     """
 
-    blocks: tuple[Block, ...]
+    blocks: Blocks
 
     def _each(self, V: jax.Array, function: Any) -> jax.Array:
-        """Apply `function(block, rows of V)` to every block and put the answers where they belong."""
-        out = [function(block, V[block.index.at]) for block in self.blocks]
-        return layered.scatter(jnp.concatenate(out), np.concatenate([b.index.at for b in self.blocks]), self.d)
+        return _each(self.blocks, V, function)
 
     def _multiply(self, V: jax.Array) -> jax.Array:
         return self._each(V, lambda block, v: block.back(block.values[..., None] * block.into(v)))
@@ -50,17 +84,9 @@ class KroneckerFisher(Fisher):
 
     def _damped(self, damping: jax.Array) -> list[jax.Array]:
         """Eigenvalues of F + damping, [i, o] for each block."""
-        if damping.ndim:
-            levels = [damping[block.index.at] for block in self.blocks]
-            spread = jnp.stack([jnp.max(level) - jnp.min(level) for level in levels])
-            level = require(jnp.all(spread == 0), damping, lambda: self._mixed(spread))
-        found, worst = [], []
-        for block in self.blocks:
-            total = block.values + (level[block.index.at[0]] if damping.ndim else damping)
-            found.append(total)
-            worst.append(jnp.min(total) / jnp.maximum(jnp.max(total), jnp.finfo(total.dtype).tiny))
-        ratio = jnp.stack(worst)
+        found, spread, ratio = _add(self.blocks, damping)
         floor = 8 * max(max(b.shape) for b in self.blocks) * jnp.finfo(ratio.dtype).eps
+        found = require(jnp.all(spread == 0), found, lambda: self._mixed(spread))
         return require(jnp.all(ratio > floor), found, lambda: self._singular(ratio, floor))
 
     def _mixed(self, spread: Any) -> str:
@@ -76,8 +102,7 @@ class KroneckerFisher(Fisher):
         return f"F + damping is singular to working precision in {names}: pass damping > 0"
 
     def _solve(self, V: jax.Array, damping: jax.Array) -> jax.Array:
-        total = iter(self._damped(damping))
-        return self._each(V, lambda block, v: block.back(block.into(v) / next(total)[..., None]))
+        return _divide(self.blocks, V, self._damped(damping))
 
     def _inverse_diagonal(self, damping: jax.Array) -> jax.Array:
         total = iter(self._damped(damping))
@@ -85,14 +110,10 @@ class KroneckerFisher(Fisher):
         return self._each(jnp.zeros((self.d, 1), self.dtype), each)[:, 0]
 
     def _logdet(self, damping: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.stack([jnp.sum(jnp.log(total)) for total in self._damped(damping)]))
+        return _logarithms(self._damped(damping))
 
     def _inverse_root(self, white: jax.Array, damping: jax.Array) -> jax.Array:
-        total = iter(self._damped(damping))
-        return self._each(
-            white,
-            lambda block, z: block.back(z.reshape(*block.shape, -1) / jnp.sqrt(next(total))[..., None]),
-        )
+        return _color(self.blocks, white, self._damped(damping))
 
     def average(self, newer: Fisher, weight: Any) -> Fisher:
         if not isinstance(newer, KroneckerFisher):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ..batches import Batches, pieces
+from ..compilation import run
 from ..law import Law
 from ..model import Model, is_traced, out_of_domain, require
 from ..root import Root, make_root
@@ -41,5 +42,5 @@ def unit(x: Any, *entries: jax.Array) -> jax.Array:
         where = "" if is_traced(x) or isinstance(x, Batches) or x is None else f" ({out_of_domain(x)})"
         return f"F is not finite: the model, or its derivative, is NaN or infinite at some row of x{where}"
 
-    ok = jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in entries]))
+    ok = run(lambda *entries: jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in entries])), *entries)
     return require(ok, jnp.ones((), entries[0].dtype), message)
