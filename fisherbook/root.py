@@ -23,6 +23,7 @@ from .expectation import Problem, Rows, check_domain, depend, inspect, prepare, 
 from .families import find_family, own_parameters, push_forward
 from .law import Data, Exact, Law, Plan, check_law
 from .model import Conditional, Model, call, flatten, is_traced, out_of_domain, row_count, take_rows
+from .part import Part, PartOfModel
 
 CAP = 2**26  # scalars that may be held at once
 BLOCK = 2**21  # of them, for one block of inputs: small enough to stay near the processor
@@ -32,24 +33,30 @@ Map = Callable[[Any], Any]
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["theta", "law", "rows"],
-    meta_fields=["model", "plan", "varying", "total"],
+    data_fields=["part", "theta", "law", "rows"],
+    meta_fields=["whole", "plan", "varying", "total"],
 )
 @dataclass(frozen=True)
 class Root:
     """The root at one theta over a block of rows; R has the shape [n, r, d] of rows, outcomes and parameters.
 
     `varying` marks the distribution's own parameters that depend on theta where the family has a closed form, and is
-    None where the law's outcomes are used. `total` is the n of the mean, which a block of rows keeps.
+    None where the law's outcomes are used. `total` is the n of the mean, which a block of rows keeps. Of a model of a
+    `part` of its parameters, the others are data here, as theta is: they may be traced.
     """
 
-    model: Model
+    whole: Model
+    part: Part | None
     theta: Any
     law: Law
     plan: Plan
     rows: Rows
     varying: tuple[bool, ...] | None
     total: int
+
+    @property
+    def model(self) -> Model:
+        return self.whole if self.part is None else PartOfModel(self.whole, self.part)
 
     @property
     def flat(self) -> jax.Array:
@@ -80,6 +87,7 @@ def make_root(
     `start` is the number of the first row of x, by which draws are keyed.
     """
     check_law(law)
+    whole, part = (model.model, model.part) if isinstance(model, PartOfModel) else (model, None)
     flat, unravel = flatten(theta)
     theta, n = unravel(flat), 1 if x is None else row_count(x)
     weight = np.ones(n) if weights is None else weights
@@ -87,7 +95,7 @@ def make_root(
     if varying is not None:
         check_domain(model, theta, x)
         rows = Rows(x, None, np.arange(start, start + n), weight)
-        root = Root(model, theta, law, Plan("closed"), rows, varying, n)
+        root = Root(whole, part, theta, law, Plan("closed"), rows, varying, n)
         return replace(root, theta=_checked(root))
     problem = prepare(model, theta, x, law, weights=weights, start=start)
     if isinstance(law, Exact):  # the sampled laws are checked where they are made
@@ -100,7 +108,7 @@ def make_root(
     elif problem.n > 1:
         theta = verdict(law, theta, depend(problem, Health()))
     kept = Data(None) if isinstance(law, Data) else law
-    return Root(model, theta, kept, problem.plan, problem.rows, None, n)
+    return Root(whole, part, theta, kept, problem.plan, problem.rows, None, n)
 
 
 def _closed_form(model: Model, theta: Any, x: Any) -> tuple[bool, ...] | None:

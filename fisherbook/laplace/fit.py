@@ -15,7 +15,7 @@ from ..compilation import run
 from ..law import Data, Exact, Law
 from ..model import Conditional, Model, check_observations, flatten, is_traced
 from ..operators import dense_fisher
-from .part import PartOfModel, select
+from ..part import PartOfModel, select
 from .posterior import LaplacePosterior, assemble, positive, spread
 
 AWAY = 0.1  # posterior standard deviations from the mode from which on a warning is due

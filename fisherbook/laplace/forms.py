@@ -57,7 +57,7 @@ def jacobian(model: Any, theta: Any, x: Any, head: Head) -> Root:
         return dist.Normal(read(model, theta, x[0] if x else None, head), 1.0).to_event(1)
 
     n = 1 if x is None else row_count(x)
-    return Root(normal, theta, Exact(), Plan("closed"), Rows(x, None, np.arange(n), np.ones(n)), (True, False), 1)
+    return Root(normal, None, theta, Exact(), Plan("closed"), Rows(x, None, np.arange(n), np.ones(n)), (True, False), 1)
 
 
 def written(model: Any, theta: Any, x: Any, head: Head) -> jax.Array:

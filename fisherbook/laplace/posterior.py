@@ -13,9 +13,9 @@ from jax.flatten_util import ravel_pytree
 
 from ..compilation import run
 from ..model import Model, parameter_names, require
+from ..part import Part, PartOfModel
 from .diagnosis import diagnose, null_directions, to_arviz
 from .distributions import NormalLaw
-from .part import Part, PartOfModel
 from .precision import factorise
 from .predictive import output_distribution, predictive
 from .saving import save

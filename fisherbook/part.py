@@ -8,7 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from ..model import Model
+from .model import Model
 
 
 class Part(eqx.Module):
