@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -11,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from ..compilation import run
 from ..model import Model, parameter_names, require
 from ..part import Part, PartOfModel
 from .diagnosis import diagnose, null_directions, to_arviz
@@ -71,14 +71,9 @@ class LaplacePosterior(eqx.Module):
 
     def _tree(self, V: jax.Array) -> Any:
         """Arrays [..., d] as a pytree with leaves [..., *shape]."""
-
         leaves, form = jax.tree.flatten(self.mean)
-
-        def cut(leaves: list[jax.Array], V: jax.Array) -> list[jax.Array]:
-            out = jax.vmap(ravel_pytree(leaves)[1])(V.reshape(-1, V.shape[-1]))
-            return [leaf.reshape(*V.shape[:-1], *leaf.shape[1:]) for leaf in out]
-
-        return jax.tree.unflatten(form, run(cut, leaves, V))
+        parts = _cut(tuple(jnp.shape(leaf) for leaf in leaves), V)
+        return jax.tree.unflatten(form, [part.astype(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)])
 
     def covariance(self) -> jax.Array:
         """The covariance [d, d] in u^2, in `ravel_pytree` order."""
@@ -145,8 +140,7 @@ class LaplacePosterior(eqx.Module):
         precision = jnp.broadcast_to(self.precision.prior, (self.d,))
         hint = "a prior precision of 0 has no density, so the marginal likelihood is not defined: pass a positive one"
         precision = require(jnp.all(precision > 0), precision, hint)
-        density = lambda precision, step: jnp.sum(jnp.log(precision) - precision * step**2) / 2
-        return run(density, precision, self.flat - self.prior_mean)
+        return _log_density(precision, self.flat, jnp.asarray(self.prior_mean))
 
     def log_marginal_likelihood(self) -> jax.Array:
         r"""The evidence in Laplace's approximation, a scalar; differentiable in the prior precision.
@@ -161,8 +155,7 @@ class LaplacePosterior(eqx.Module):
 
         It is :math:`\frac12 s^\top\Lambda^{-1}s` for the gradient s of the log joint at the mean.
         """
-        slope = lambda n, gradient, prior, flat, around: n * gradient - prior * (flat - around)
-        s = run(slope, self.n, self.gradient, self.precision.prior, self.flat, jnp.asarray(self.prior_mean))
+        s = _slope(self.n, self.gradient, self.precision.prior, self.flat, jnp.asarray(self.prior_mean))
         return s @ self.precision.solve(s) / 2
 
     def with_prior(self, prior_precision: Any, prior_mean: Any = None) -> LaplacePosterior:
@@ -248,8 +241,33 @@ def assemble(
     """The posterior with everything that is computed once: the factor of its precision, and the way to its mode."""
     factor = factorise(F, mean, n, prior)
     posterior = LaplacePosterior(model, part, factor, prior_mean, value, gradient, jnp.zeros(()))
-    away = run(lambda gain: jnp.sqrt(jnp.maximum(2 * gain, 0)), posterior.gain())
-    return eqx.tree_at(lambda p: p.away, posterior, away)
+    return eqx.tree_at(lambda p: p.away, posterior, _length(posterior.gain()))
+
+
+# compiled once for all posteriors of these shapes, as no model is called in them
+
+
+@jax.jit
+def _slope(n: Any, gradient: jax.Array, prior: jax.Array, flat: jax.Array, around: jax.Array) -> jax.Array:
+    """The gradient of the log joint."""
+    return n * gradient - prior * (flat - around)
+
+
+@jax.jit
+def _log_density(precision: jax.Array, flat: jax.Array, around: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.log(precision) - precision * (flat - around) ** 2) / 2
+
+
+@jax.jit
+def _length(gain: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.maximum(2 * gain, 0))
+
+
+@partial(jax.jit, static_argnums=0)
+def _cut(sizes: tuple[tuple[int, ...], ...], V: jax.Array) -> list[jax.Array]:
+    """Arrays of these shapes from V [..., d], with its leading axes."""
+    parts = jnp.split(V, np.cumsum([int(np.prod(size)) for size in sizes])[:-1], -1)
+    return [part.reshape(*V.shape[:-1], *size) for part, size in zip(parts, sizes, strict=True)]
 
 
 def spread(value: Any, theta: Any, name: str) -> jax.Array:

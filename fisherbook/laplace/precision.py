@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -106,30 +107,57 @@ class DensePrecision(Precision):
     L: jax.Array
 
     def _solve(self, V: jax.Array) -> jax.Array:
-        return run(lambda L, V: jax.scipy.linalg.cho_solve((L, True), V), self.L, V)
+        return _cho_solve(self.L, V)
 
     def logdet(self) -> jax.Array:
-        return run(lambda L: 2 * jnp.sum(jnp.log(jnp.diagonal(L))), self.L)
+        return _log_square(self.L)
 
     def draws(self, key: jax.Array, count: int) -> jax.Array:
-
-        def draw(L: jax.Array, key: jax.Array) -> jax.Array:
-            white = jax.random.normal(key, (len(L), count), L.dtype)
-            return jax.scipy.linalg.solve_triangular(L, white, lower=True, trans=1).T
-
-        return run(draw, self.L, key)
+        return _draw(count, self.L, key)
 
     def variances(self) -> jax.Array:
-        return run(lambda L: jnp.sum(_inverse(L) ** 2, 0), self.L)
+        return _norms(self.L)
 
     def covariance(self) -> jax.Array:
-        return run(lambda L: _squared(_inverse(L)), self.L)
+        return _inverse_squared(self.L)
 
     def forms(self, V: jax.Array) -> jax.Array:
         m, d, k = V.shape
         W = jax.scipy.linalg.solve_triangular(self.L, jnp.moveaxis(V, 1, 0).reshape(d, m * k), lower=True)
         W = W.reshape(d, m, k)
         return jnp.einsum("dmk,dml->mkl", W, W)
+
+
+# compiled once for all factors of these shapes, as no model is called in them
+
+
+@jax.jit
+def _cho_solve(L: jax.Array, V: jax.Array) -> jax.Array:
+    return jax.scipy.linalg.cho_solve((L, True), V)
+
+
+@jax.jit
+def _log_square(L: jax.Array) -> jax.Array:
+    """log det L L^T."""
+    return 2 * jnp.sum(jnp.log(jnp.diagonal(L)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _draw(count: int, L: jax.Array, key: jax.Array) -> jax.Array:
+    white = jax.random.normal(key, (len(L), count), L.dtype)
+    return jax.scipy.linalg.solve_triangular(L, white, lower=True, trans=1).T
+
+
+@jax.jit
+def _norms(L: jax.Array) -> jax.Array:
+    """The diagonal of (L L^T)^-1."""
+    return jnp.sum(_inverse(L) ** 2, 0)
+
+
+@jax.jit
+def _inverse_squared(L: jax.Array) -> jax.Array:
+    """(L L^T)^-1."""
+    return _squared(_inverse(L))
 
 
 def _inverse(L: jax.Array) -> jax.Array:
@@ -165,18 +193,21 @@ def factorise(F: Any, theta: Any, n: jax.Array, prior: jax.Array) -> Precision:
     return DensePrecision(F, theta, n, prior, _accurate(M, L))
 
 
+@jax.jit
+def _rounding(M: jax.Array, L: jax.Array) -> jax.Array:
+    """The relative error that rounding leaves in a variance."""
+    scale = 1 / jnp.sqrt(jnp.diagonal(M))  # the units of theta change no digit
+    v = jnp.cos(jnp.arange(len(M), dtype=M.dtype) ** 2)  # no direction that a matrix prefers
+    for _ in range(6):  # power iterations for the largest eigenvalue of the inverse of unit diagonal
+        v = v / jnp.linalg.norm(v)
+        v = jax.scipy.linalg.cho_solve((L, True), v / scale) / scale
+    return jnp.linalg.norm(v) * jnp.finfo(M.dtype).eps
+
+
 def _accurate(M: jax.Array, L: jax.Array) -> jax.Array:
     """L, or an error where rounding would leave no digit of the variances, which is what float32 does soonest."""
 
-    def rounding(M: jax.Array, L: jax.Array) -> jax.Array:
-        scale = 1 / jnp.sqrt(jnp.diagonal(M))  # the units of theta change no digit
-        v = jnp.cos(jnp.arange(len(M), dtype=M.dtype) ** 2)  # no direction that a matrix prefers
-        for _ in range(6):  # power iterations for the largest eigenvalue of the inverse of unit diagonal
-            v = v / jnp.linalg.norm(v)
-            v = jax.scipy.linalg.cho_solve((L, True), v / scale) / scale
-        return jnp.linalg.norm(v) * jnp.finfo(M.dtype).eps
-
-    error = run(rounding, M, L)
+    error = _rounding(M, L)
 
     def message() -> str:
         start = "n F + prior is too ill-conditioned"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -59,17 +60,21 @@ def predictive(posterior: Any, x: Any, method: str | None, key: Any, draws: int,
         noise = jnp.broadcast_to(inner.scale, inner.batch_shape).reshape(mean.shape) ** 2
         return _normal(mean, covariance + noise[..., None] * jnp.eye(mean.shape[-1]), scalar=not (head.events or joint))
     if method == "bridge":
-        return dist.Categorical(probs=run(_bridge, mean, covariance))
-    squash = jax.nn.softmax if classes else lambda logits: jax.nn.sigmoid(logits[..., 0])
-    probs = run(lambda mean, covariance: squash(_widened(mean, covariance)), mean, covariance)
-    return (dist.Categorical if classes else dist.Bernoulli)(probs=probs)
+        return dist.Categorical(probs=_bridge(mean, covariance))
+    return (dist.Categorical if classes else dist.Bernoulli)(probs=_probit(classes, mean, covariance))
 
 
-def _widened(mean: jax.Array, covariance: jax.Array) -> jax.Array:
-    """The logits whose probabilities are about the mean probabilities of normal logits."""
-    return mean / jnp.sqrt(1 + jnp.pi / 8 * jnp.diagonal(covariance, axis1=-2, axis2=-1))
+# compiled once for all outputs of these shapes, as no model is called in them
 
 
+@partial(jax.jit, static_argnums=0)
+def _probit(classes: bool, mean: jax.Array, covariance: jax.Array) -> jax.Array:
+    """About the mean probabilities of normal logits: those of the logits divided by sqrt(1 + pi/8 variance)."""
+    logits = mean / jnp.sqrt(1 + jnp.pi / 8 * jnp.diagonal(covariance, axis1=-2, axis2=-1))
+    return jax.nn.softmax(logits) if classes else jax.nn.sigmoid(logits[..., 0])
+
+
+@jax.jit
 def _bridge(mean: jax.Array, covariance: jax.Array) -> jax.Array:
     """Mean of the Dirichlet law that the Laplace bridge assigns to normal logits, given that their sum is zero."""
     K, to_sum = mean.shape[-1], jnp.sum(covariance, -1)
@@ -81,16 +86,27 @@ def _bridge(mean: jax.Array, covariance: jax.Array) -> jax.Array:
     return alpha / jnp.sum(alpha, -1, keepdims=True)
 
 
+@jax.jit
+def _root(covariance: jax.Array) -> jax.Array:
+    """A triangular root of covariances [..., q, q], of which some may be singular."""
+    limits = jnp.finfo(covariance.dtype)
+    tiny = limits.eps * jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None] + limits.tiny
+    return jnp.linalg.cholesky(covariance + tiny * jnp.eye(covariance.shape[-1]))
+
+
+@partial(jax.jit, static_argnums=0)
+def _draws(count: int, mean: jax.Array, covariance: jax.Array, key: jax.Array) -> jax.Array:
+    """[n, count, q] from the normal laws of n outputs, whose covariances may be singular."""
+    values, vectors = jnp.linalg.eigh(covariance)
+    white = jax.random.normal(key, (len(mean), count, mean.shape[-1]), mean.dtype)
+    return mean[:, None] + jnp.einsum("nij,nsj->nsi", vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None], white)
+
+
 def _normal(mean: jax.Array, covariance: jax.Array, scalar: bool = False) -> Any:
     if scalar:
         return dist.Normal(mean[..., 0], jnp.sqrt(covariance[..., 0, 0]))
 
-    def root(covariance: jax.Array) -> jax.Array:
-        limits = jnp.finfo(covariance.dtype)  # so little that a singular covariance has a root
-        tiny = limits.eps * jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None] + limits.tiny
-        return jnp.linalg.cholesky(covariance + tiny * jnp.eye(covariance.shape[-1]))
-
-    return dist.MultivariateNormal(mean, scale_tril=run(root, covariance))
+    return dist.MultivariateNormal(mean, scale_tril=_root(covariance))
 
 
 def _mixture(posterior: Any, x: Any, head: Head, method: str, key: Any, draws: int, classes: bool) -> Any:
@@ -98,17 +114,12 @@ def _mixture(posterior: Any, x: Any, head: Head, method: str, key: Any, draws: i
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
 
-    def linear(mean: jax.Array, covariance: jax.Array, key: jax.Array) -> jax.Array:
-        values, vectors = jnp.linalg.eigh(covariance)  # covariances may be singular
-        white = jax.random.normal(key, (*mean.shape[:1], draws, head.q), mean.dtype)
-        return mean[:, None] + jnp.einsum("nij,nsj->nsi", vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None], white)
-
     def whole(thetas: Any, x: Any) -> jax.Array:
         each = lambda theta: read(posterior.model, theta, x, head)
         return jnp.swapaxes(jax.lax.map(each, thetas, batch_size=32), 0, 1)
 
     if method == "linear_samples":
-        outputs = run(linear, *_moments(posterior, x, head), key)
+        outputs = _draws(draws, *_moments(posterior, x, head), key)
     else:
         outputs = run(whole, posterior.sample(key, (draws,)), x)
     parts = lambda mean, x, outputs: rebuild(posterior.model, mean, x, head, outputs)

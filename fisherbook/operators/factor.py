@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..bounds import name_direction
-from ..compilation import run
 from ..model import is_traced, require
 
 
@@ -23,7 +22,7 @@ def cholesky(
 
     Singular is decided in units of M's own diagonal, so that it does not depend on the units of theta.
     """
-    L, scale, ok = run(_factor, M)
+    L, scale, ok = _factor(M)
 
     def message() -> str:
         if is_traced(M):
@@ -40,6 +39,7 @@ def cholesky(
     return require(ok, L, message)
 
 
+@jax.jit
 def _factor(M: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The factor, the units of M's diagonal, and whether all pivots are well above rounding."""
     diagonal = jnp.diagonal(M)

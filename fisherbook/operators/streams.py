@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from ..batches import Batches, pieces
-from ..compilation import run
 from ..law import Law
 from ..model import Model, is_traced, out_of_domain, require
 from ..root import Root, make_root
@@ -35,6 +34,11 @@ def mean_over_rows(model: Model, theta: Any, x: Any, law: Law, function: Callabl
     return root.theta, jax.tree.map(lambda leaf: (leaf / count).astype(dtype), total)
 
 
+@jax.jit
+def _finite(entries: tuple[jax.Array, ...]) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in entries]))
+
+
 def unit(x: Any, *entries: jax.Array) -> jax.Array:
     """The scale 1 of an operator, or an error where `entries`, in which every row of R has a part, are not finite."""
 
@@ -42,5 +46,4 @@ def unit(x: Any, *entries: jax.Array) -> jax.Array:
         where = "" if is_traced(x) or isinstance(x, Batches) or x is None else f" ({out_of_domain(x)})"
         return f"F is not finite: the model, or its derivative, is NaN or infinite at some row of x{where}"
 
-    ok = run(lambda *entries: jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in entries])), *entries)
-    return require(ok, jnp.ones((), entries[0].dtype), message)
+    return require(_finite(entries), jnp.ones((), entries[0].dtype), message)
