@@ -24,6 +24,7 @@ from .streamed import LARGEST, StreamedFisher, most_steps
 from .woodbury import Thin
 
 SMALL = 4096  # parameters up to which an undamped solve forms F
+REFRESH = 50  # steps of conjugate gradients after which the residual is computed anew (Shewchuk 1994, appendix B2)
 UNIT = 1e-12  # of a solution inside lineax, which would judge its changes by the size of v: the residual alone decides
 
 
@@ -134,7 +135,7 @@ class ImplicitFisher(Fisher):
         def solve(v: jax.Array) -> jax.Array:
             # by default lineax compares entry with entry, and divides by the zeros of v
             size = jnp.linalg.norm(jax.lax.stop_gradient(v))
-            solver = lx.CG(rtol=0.0, atol=self.rtol * size, max_steps=steps, norm=jnp.linalg.norm)
+            solver = lx.CG(0.0, self.rtol * size, jnp.linalg.norm, stabilise_every=REFRESH, max_steps=steps)
             start = hide_constants(jnp.zeros_like(v))
             return lx.linear_solve(operator, v, solver, options={**options, "y0": start}, throw=False).value / UNIT
 
