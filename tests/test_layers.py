@@ -14,7 +14,7 @@ LAYERS = [
     ["distributions", "compilation"],
     ["quadrature"],
     ["model"],
-    ["separation"],
+    ["separation", "part", "dependence"],
     ["law"],
     ["outcomes", "batches"],
     ["checks"],
