@@ -369,8 +369,11 @@ def test_subset_is_the_posterior_with_the_rest_known(built):
     assert last.sample(jax.random.key(0), (2, 5)).shape == (2, 5, 4, 3)
 
 
-@pytest.mark.parametrize("curvature", [fb.dense_fisher, fb.implicit_fisher, fb.kronecker_fisher])
-def test_a_part_can_be_fitted_inside_a_program(curvature):
+@pytest.mark.parametrize(
+    ("curvature", "rtol"),  # conjugate gradients stop at a residual of 1e-8
+    [(fb.dense_fisher, 1e-12), (fb.implicit_fisher, 1e-8), (fb.kronecker_fisher, 1e-12)],
+)
+def test_a_part_can_be_fitted_inside_a_program(curvature, rtol):
     def last(theta):
         options = {"curvature": curvature, "subset": lambda t: t["W2"]}
         posterior = laplace(network, theta, CLASSES, X, prior_precision=2.0, **options)
@@ -379,9 +382,9 @@ def test_a_part_can_be_fitted_inside_a_program(curvature):
     with pytest.warns(UserWarning, match="not the mode"):
         expected = last(network_weights())
     posterior, evidence = jax.jit(last)(network_weights())
-    np.testing.assert_allclose(evidence, expected[1], rtol=1e-9)
+    np.testing.assert_allclose(evidence, expected[1], rtol=rtol)
     found = jax.jit(lambda p: p.predictive(X[:3]).probs)(posterior)
-    np.testing.assert_allclose(found, expected[0].predictive(X[:3]).probs, rtol=1e-8)
+    np.testing.assert_allclose(found, expected[0].predictive(X[:3]).probs, rtol=rtol)
 
 
 def test_passes_through_jit(built):
