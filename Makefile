@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Results must not depend on whether the machine has an accelerator.
 export JAX_PLATFORMS ?= cpu
+# What is compiled once, for a chapter or a test, is kept for the next run; see conftest.py.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/_build/compiled
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 PORT ?= 8000
 CHAPTER ?=
 

@@ -8,6 +8,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The kernels of the notebooks inherit the environment, and draw nothing if it names a backend.
 os.environ.pop("MPLBACKEND", None)
 
+# What one test has compiled, no other test, worker or kernel of a notebook compiles again. JAX names a program by its
+# text, its options and its own version, so nothing stale is found; `make clean` removes it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / "_build" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 import jax
 import matplotlib
 import pytest

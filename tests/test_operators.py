@@ -208,6 +208,38 @@ def test_works_under_jit(built, structure, name):
     np.testing.assert_allclose(trace, np.trace(M), rtol=1e-9)
 
 
+def test_a_loop_over_products_linearises_once():
+    """The hidden units are evaluated before the loop, and not in it; their derivative is a product."""
+    model, theta, x = PROBLEMS["network, categorical (singular)"]
+
+    def loop(theta, x, v):
+        F = fb.implicit_fisher(model, theta, x)
+        return jax.lax.fori_loop(0, 3, lambda _, v: F @ v, v)
+
+    F = fb.implicit_fisher(model, theta, x)
+    v = jnp.linspace(-1.0, 1.0, F.d)
+    whole = jax.make_jaxpr(loop)(theta, x, v)
+    inside = [eqn for eqn in whole.eqns if eqn.primitive.name in ("scan", "while")][-1]
+    assert " dot_general" in str(inside)
+    assert " tanh " in str(whole)
+    assert " tanh " not in str(inside)
+    np.testing.assert_allclose(jax.jit(loop)(theta, x, v), F @ (F @ (F @ v)), rtol=1e-10, atol=1e-14)
+
+
+def test_a_condition_chooses_between_two_operators_of_one_trace():
+    model, theta, x = PROBLEMS["network, categorical (singular)"]
+
+    @jax.jit
+    def chosen(first, v):
+        F, G = (fb.implicit_fisher(model, jax.tree.map(lambda a, s=s: s * a, theta), x) for s in (1.0, 2.0))
+        return jax.lax.cond(first, lambda: F, lambda: G) @ v
+
+    v = jnp.linspace(-1.0, 1.0, fb.implicit_fisher(model, theta, x).d)
+    for first, scale in ((True, 1.0), (False, 2.0)):
+        expected = fb.dense_fisher(model, jax.tree.map(lambda a, s=scale: s * a, theta), x) @ v
+        np.testing.assert_allclose(chosen(first, v), expected, rtol=1e-9, atol=1e-14)
+
+
 @each
 def test_singular_and_undamped_raises(built, structure):
     F, M = built[structure, "network, categorical (singular)"]

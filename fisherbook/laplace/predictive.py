@@ -105,7 +105,11 @@ def _draws(count: int, mean: jax.Array, covariance: jax.Array, key: jax.Array) -
 def _normal(mean: jax.Array, covariance: jax.Array, scalar: bool = False) -> Any:
     if scalar:
         return dist.Normal(mean[..., 0], jnp.sqrt(covariance[..., 0, 0]))
+    return _multivariate(mean, covariance)
 
+
+@jax.jit
+def _multivariate(mean: jax.Array, covariance: jax.Array) -> Any:
     return dist.MultivariateNormal(mean, scale_tril=_root(covariance))
 
 

@@ -102,7 +102,11 @@ class Fisher(eqx.Module):
 
     def __matmul__(self, v: Any) -> Any:
         vector = Vector(v, self.theta)
-        return vector.back(run(lambda F, V: F.scale * F._multiply(V), self, vector.matrix))
+        return vector.back(self._product_of(vector.matrix))
+
+    def _product_of(self, V: jax.Array) -> jax.Array:
+        """F V for V [d, k], as one program."""
+        return run(lambda F, V: F.scale * F._multiply(V), self, V)
 
     def solve(self, v: Any, damping: Any = 0.0) -> Any:
         """Solve (F + damping I) w = v.

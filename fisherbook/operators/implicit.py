@@ -25,6 +25,7 @@ from .woodbury import Thin
 
 SMALL = 4096  # parameters up to which an undamped solve forms F
 REFRESH = 50  # steps of conjugate gradients after which the residual is computed anew (Shewchuk 1994, appendix B2)
+HELD = "_held"  # the attribute, and no field, of an operator that was made in a trace: its linearised R
 UNIT = 1e-12  # of a solution inside lineax, which would judge its changes by the size of v: the residual alone decides
 
 
@@ -46,8 +47,19 @@ class ImplicitFisher(Fisher):
     def _multiply(self, V: jax.Array) -> jax.Array:
         return self._product()(V)
 
+    def _product_of(self, V: jax.Array) -> jax.Array:
+        return self._run(lambda F, V: F.scale * F._multiply(V), V)
+
+    def _run(self, function: Callable[..., Any], *args: jax.Array) -> Any:
+        """`run`, but with this very object where it holds the linearised map, which its leaves do not."""
+        if hasattr(self, HELD):
+            return jax.jit(lambda *args: function(self, *args))(*args)
+        return run(function, self, *args)
+
     def _linear(self) -> Callable[[jax.Array], jax.Array]:
         """v -> R v, from what is kept of it where it is."""
+        if hasattr(self, HELD):
+            return getattr(self, HELD)
         return linearize(self.root) if self.kept is None else jax.tree.unflatten(self.form, self.kept)
 
     def for_a_file(self) -> ImplicitFisher:
@@ -57,7 +69,7 @@ class ImplicitFisher(Fisher):
     def _product(self) -> Callable[[jax.Array], jax.Array]:
         """V [d, k] -> R^T R V, linearised once however often it is called."""
         flat, big = self.root.flat, residuals(self.root)
-        if self.kept is not None or big <= CAP:
+        if big <= CAP:
             linear = self._linear()
             one = lambda v: transpose(linear, flat)(linear(v))
         else:
@@ -89,14 +101,14 @@ class ImplicitFisher(Fisher):
         thin = few and self.rows * self.d <= 4 * CAP
         # the Gram matrix squares the condition number, which single precision does not forgive
         if few and damping.ndim == 0 and not (thin and V.dtype == jnp.float32):
-            w = run(lambda F, V, damping: F._in_row_space(V, damping), self, V, self._positive(damping))
+            w = self._run(lambda F, V, damping: F._in_row_space(V, damping), V, self._positive(damping))
             hint = "F + damping is singular to working precision: pass more damping"
             return require(jnp.all(jnp.isfinite(w)), w, hint)
         if thin:
             return run(lambda F, V, damping: F._thin(damping).solve(V), self, V, self._positive(damping))
         if self.d <= SMALL and not is_traced(damping, V, self.root) and not bool(jnp.all(damping > 0)):
             return self._by_matrix(V, damping)
-        w, error, probe = run(lambda F, V, damping: F._conjugate_gradients(V, damping), self, V, damping)
+        w, error, probe = self._run(lambda F, V, damping: F._conjugate_gradients(V, damping), V, damping)
         tolerance = max(10 * self.rtol, 1e3 * float(jnp.finfo(V.dtype).eps))
         w = require(probe <= 1e-3, w, lambda: self._stuck("F is singular to working precision", probe))
         return require(error <= tolerance, w, lambda: self._stuck("conjugate gradients did not converge", error))
@@ -247,28 +259,33 @@ def implicit_fisher(
     Derived in the chapter "Fisher at scale". Source: Schraudolph (2002), section 3; Martens (2020), section 8.
     """
     _check_options(rtol, max_steps, preconditioner)
+    flat, unravel = flatten(theta)
+    rtol = max(rtol, 10 * float(jnp.finfo(flat.dtype).eps))
+    one, name = jnp.ones((), flat.dtype), law_name(law)
     if isinstance(x, Batches):
-        flat, unravel = flatten(theta)
-        rtol = max(rtol, 10 * float(jnp.finfo(flat.dtype).eps))
-        one, name = jnp.ones((), flat.dtype), law_name(law)
         return StreamedFisher(unravel(flat), one, name, model, x, rtol, max_steps, law, preconditioner)
     root = make_root(model, theta, x, law=law)
-    kept, form = None, None
-    if not is_traced(root) and residuals(root) <= CAP:
-        forms: list[Any] = []
+    kept, form = _linearized(root) if residuals(root) <= CAP else (None, None)
+    if kept is None or not is_traced(root):
+        return ImplicitFisher(root.theta, one, name, root, kept, rtol, max_steps, preconditioner, form)
+    # In a trace the linearised map stays beside the fields, for loops over products in that trace. In them two
+    # operators would differ in structure, each map being a program of its own, and `jax.lax.cond` could not choose.
+    F = ImplicitFisher(root.theta, one, name, root, None, rtol, max_steps, preconditioner, None)
+    object.__setattr__(F, HELD, jax.tree.unflatten(form, kept))
+    return F
 
-        def parts(r: Root) -> list[jax.Array]:
-            leaves, tree = jax.tree.flatten(linearize(r))
-            forms.append(tree)
-            return leaves
 
-        kept = run(parts, root)
-        form = forms[-1]
-    dtype = root.flat.dtype
-    rtol = max(rtol, 10 * float(jnp.finfo(dtype).eps))
-    return ImplicitFisher(
-        root.theta, jnp.ones((), dtype), law_name(law), root, kept, rtol, max_steps, preconditioner, form
-    )
+def _linearized(root: Root) -> tuple[list[jax.Array], Any]:
+    """The leaves and the structure of the linearised R."""
+    forms: list[Any] = []
+
+    def parts(r: Root) -> list[jax.Array]:
+        leaves, tree = jax.tree.flatten(linearize(r))
+        forms.append(tree)
+        return leaves
+
+    kept = run(parts, root)
+    return kept, forms[-1]
 
 
 def _check_options(rtol: float, max_steps: int | None, preconditioner: Any) -> None:
