@@ -11,6 +11,7 @@ import numpy as np
 import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
+from ..compilation import compile_once
 from ..model import is_traced
 from .fit import AWAY
 from .posterior import LaplacePosterior
@@ -108,7 +109,7 @@ def tune_prior(
     def note(logs: np.ndarray, value: float) -> None:
         tried.append((jax.tree.map(float, unpack(jnp.asarray(logs))), value))
 
-    def evidence(logs: jax.Array) -> jax.Array:
+    def evidence(posterior: LaplacePosterior, logs: jax.Array) -> jax.Array:
         other = posterior.with_prior(unpack(logs))
         return other.log_marginal_likelihood() + other.gain()
 
@@ -120,10 +121,12 @@ def tune_prior(
     if per_leaf:  # a structure that cannot carry it says so here, in words, and not from inside of a program
         posterior.with_prior(unpack(jnp.asarray(begin + np.arange(len(begin)) / 100)))
     if y is None:
-        with_gradient = jax.jit(jax.value_and_grad(evidence))
+        typed = lambda logs: jnp.asarray(logs, posterior.flat.dtype)
+        with_gradient = compile_once(jax.value_and_grad(evidence, 1), posterior, typed(begin))
+        score = lambda logs: float(with_gradient(posterior, typed(logs))[0])
 
         def loss(logs: np.ndarray) -> tuple[float, np.ndarray]:
-            value, gradient = with_gradient(jnp.asarray(logs, posterior.flat.dtype))
+            value, gradient = with_gradient(posterior, typed(logs))
             note(logs, float(value))
             return -float(value), -np.asarray(gradient, float)
 
@@ -137,6 +140,7 @@ def tune_prior(
         )
         best, converged = found.x, bool(found.success)
     else:
+        score = held_out
 
         def loss_of(log: float) -> float:
             value = held_out(np.array([log]))
@@ -151,11 +155,9 @@ def tune_prior(
         best, converged = np.log([max(tried, key=lambda trial: trial[1])[0]]), bool(found.success)
     converged = converged and bool(np.all((best > range_[0] + 1e-3) & (best < range_[1] - 1e-3)))
     precision = jax.tree.map(float, unpack(jnp.asarray(best)))
-    start = evidence(jnp.asarray(begin)) if y is None else held_out(begin)
-    objective = evidence(jnp.asarray(best)) if y is None else held_out(best)
     chosen = posterior.with_prior(precision)
     by = "evidence" if y is None else "held-out"
-    return TunedPrior(chosen, precision, float(objective), float(start), tried, by, converged)
+    return TunedPrior(chosen, precision, score(best), score(begin), tried, by, converged)
 
 
 def _inside(posterior: LaplacePosterior, per_leaf: bool, low: float, high: float) -> np.ndarray:
