@@ -181,6 +181,10 @@ def test_prior_that_cannot_be_tuned():
             tune_prior(posterior, bounds=bounds)
     with pytest.raises(ValueError, match="per_leaf=True chooses by the evidence"):
         tune_prior(posterior, y=Y, x=X, per_leaf=True)
+    halves = fb.Batches([X[: len(X) // 2], X[len(X) // 2 :]])  # products that read them each time
+    streamed = laplace(regression, jnp.asarray(ridge(1.0)), Y, halves, curvature=fb.implicit_fisher)
+    with pytest.raises(ValueError, match="a solve over Batches cannot stand inside"):
+        tune_prior(streamed)
     edge = tune_prior(posterior, bounds=(1e2, 1e3))
     assert not edge.converged
     assert "NOT converged" in repr(edge)

@@ -50,6 +50,12 @@ def _divide(blocks: Blocks, V: jax.Array, totals: list[jax.Array]) -> jax.Array:
 
 
 @jax.jit
+def _inverse_diagonal(blocks: Blocks, V: jax.Array, totals: list[jax.Array]) -> jax.Array:
+    inverse = lambda block, total: replace(block, values=1 / total, corrected=True)
+    return _each(blocks, V, lambda block, _, total: inverse(block, total).diagonal()[:, None], totals)[:, 0]
+
+
+@jax.jit
 def _color(blocks: Blocks, white: jax.Array, totals: list[jax.Array]) -> jax.Array:
     scaled = lambda block, z, total: z.reshape(*block.shape, -1) / jnp.sqrt(total)[..., None]
     return _each(blocks, white, lambda block, z, total: block.back(scaled(block, z, total)), totals)
@@ -105,9 +111,7 @@ class KroneckerFisher(Fisher):
         return _divide(self.blocks, V, self._damped(damping))
 
     def _inverse_diagonal(self, damping: jax.Array) -> jax.Array:
-        total = iter(self._damped(damping))
-        each = lambda block, _: replace(block, values=1 / next(total), corrected=True).diagonal()[:, None]
-        return self._each(jnp.zeros((self.d, 1), self.dtype), each)[:, 0]
+        return _inverse_diagonal(self.blocks, jnp.zeros((self.d, 1), self.dtype), self._damped(damping))
 
     def _logdet(self, damping: jax.Array) -> jax.Array:
         return _logarithms(self._damped(damping))

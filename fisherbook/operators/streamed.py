@@ -19,6 +19,10 @@ from .diagonal import squared_columns, squared_norm
 from .low_rank import product
 from .streams import mean_over_rows
 
+OUTSIDE = (
+    "cannot stand inside jax.jit, and has no derivative: dense_fisher, kronecker_fisher, low_rank_fisher and "
+    "diagonal_fisher read them once"
+)
 LARGEST = 8192  # the smaller side of R up to which determinants and draws are computed through it
 
 
@@ -45,7 +49,7 @@ class StreamedFisher(Fisher):
 
     def __matmul__(self, v: Any) -> Any:
         if is_traced(v):
-            raise ValueError("batches are read by Python: a product over Batches cannot stand inside jax.jit")
+            raise ValueError(f"batches are read by Python: a product over Batches {OUTSIDE}")
         vector = Vector(v, self.theta)
         return vector.back(self.scale * self._multiply(vector.matrix))
 
@@ -66,6 +70,8 @@ class StreamedFisher(Fisher):
     def _solve(self, V: jax.Array, damping: jax.Array) -> jax.Array:
         from scipy.sparse.linalg import LinearOperator, cg
 
+        if is_traced(V, damping):
+            raise ValueError(f"batches are read by Python: a solve over Batches {OUTSIDE}")
         damp, dtype = np.asarray(damping), np.asarray(V).dtype
         apply = lambda v: np.asarray(self._multiply(jnp.asarray(v)[:, None]))[:, 0] + damp * v
         A, before = LinearOperator((self.d, self.d), matvec=apply, dtype=dtype), None
