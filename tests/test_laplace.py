@@ -254,12 +254,14 @@ def test_evidence_can_be_differentiated():
     )
 
 
-def test_flat_prior_gives_the_standard_errors_of_statsmodels():
+def test_flat_prior_gives_the_standard_errors_of_stata_and_statsmodels():
     data = sm.datasets.spector.load_pandas()  # Spector and Mazzeo (1980)
     x, y = np.column_stack([np.ones(32), data.exog.to_numpy()]), data.endog.to_numpy()
     fit = sm.Logit(y, x).fit(disp=0, tol=1e-12)
     posterior = laplace(lambda t, x: dist.Bernoulli(logits=x @ t), jnp.asarray(fit.params), y, x, prior_precision=0.0)
     np.testing.assert_allclose(posterior.standard_deviations(), fit.bse, rtol=1e-7)
+    printed = [4.931324, 1.262941, 0.141554, 1.064564]  # by Stata's logit and R's glm: constant, GPA, TUCE, PSI
+    np.testing.assert_allclose(posterior.standard_deviations(), printed, atol=6e-7)  # the last digit printed
     with pytest.raises(ValueError, match="prior precision of 0 has no density"):
         posterior.log_marginal_likelihood()
 
