@@ -11,7 +11,6 @@ import numpy as np
 import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
-from ..compilation import compile_once
 from ..model import is_traced
 from .fit import AWAY
 from .posterior import LaplacePosterior
@@ -122,7 +121,7 @@ def tune_prior(
         posterior.with_prior(unpack(jnp.asarray(begin + np.arange(len(begin)) / 100)))
     if y is None:
         typed = lambda logs: jnp.asarray(logs, posterior.flat.dtype)
-        with_gradient = compile_once(jax.value_and_grad(evidence, 1), posterior, typed(begin))
+        with_gradient = jax.jit(jax.value_and_grad(evidence, 1))  # one program, without the posterior's numbers in it
         score = lambda logs: float(with_gradient(posterior, typed(logs))[0])
 
         def loss(logs: np.ndarray) -> tuple[float, np.ndarray]:

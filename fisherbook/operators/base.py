@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -102,11 +103,11 @@ class Fisher(eqx.Module):
 
     def __matmul__(self, v: Any) -> Any:
         vector = Vector(v, self.theta)
-        return vector.back(self._product_of(vector.matrix))
+        return vector.back(self._run(lambda F, V: F.scale * F._multiply(V), vector.matrix))
 
-    def _product_of(self, V: jax.Array) -> jax.Array:
-        """F V for V [d, k], as one program."""
-        return run(lambda F, V: F.scale * F._multiply(V), self, V)
+    def _run(self, function: Callable[..., Any], *args: jax.Array) -> Any:
+        """`function` of this operator and the arrays, as one program."""
+        return run(function, self, *args)
 
     def solve(self, v: Any, damping: Any = 0.0) -> Any:
         """Solve (F + damping I) w = v.

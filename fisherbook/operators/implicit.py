@@ -47,14 +47,10 @@ class ImplicitFisher(Fisher):
     def _multiply(self, V: jax.Array) -> jax.Array:
         return self._product()(V)
 
-    def _product_of(self, V: jax.Array) -> jax.Array:
-        return self._run(lambda F, V: F.scale * F._multiply(V), V)
-
     def _run(self, function: Callable[..., Any], *args: jax.Array) -> Any:
-        """`run`, but with this very object where it holds the linearised map, which its leaves do not."""
-        if hasattr(self, HELD):
+        if hasattr(self, HELD):  # with this very object: its leaves do not hold the linearised map
             return jax.jit(lambda *args: function(self, *args))(*args)
-        return run(function, self, *args)
+        return super()._run(function, *args)
 
     def _linear(self) -> Callable[[jax.Array], jax.Array]:
         """v -> R v, from what is kept of it where it is."""
@@ -68,8 +64,8 @@ class ImplicitFisher(Fisher):
 
     def _product(self) -> Callable[[jax.Array], jax.Array]:
         """V [d, k] -> R^T R V, linearised once however often it is called."""
-        flat, big = self.root.flat, residuals(self.root)
-        if big <= CAP:
+        flat, held = self.root.flat, hasattr(self, HELD) or self.kept is not None
+        if held or (big := residuals(self.root)) <= CAP:
             linear = self._linear()
             one = lambda v: transpose(linear, flat)(linear(v))
         else:
