@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .model import is_traced, require
+from .model import is_traced, require_all
 from .outcomes import Outcomes
 
 
@@ -109,9 +109,14 @@ MESSAGES = {  # in the order in which they explain each other
 }
 
 
-def verdict(law: Any, value: Any, health: Health) -> Any:
-    """Raise for the first failed check: at once where values are known, through `equinox.error_if` under jit."""
+def verdict(law: Any, value: Any, health: Health, flat: Any = None) -> Any:
+    """Raise for the first failed check: at once where values are known, through `equinox` under jit.
+
+    `flat` are parameters that `flatten` left to be checked here, under jit.
+    """
     ratios = health if is_traced(health) else Health(*map(float, health))
-    for name, message in MESSAGES.items():
-        value = require(getattr(ratios, name) <= 1, value, f"{type(law).__name__}: {message}")  # NaN fails too
-    return value
+    fine = {name: getattr(ratios, name) <= 1 for name in MESSAGES}  # NaN fails too
+    checks = [(fine[name], f"{type(law).__name__}: {message}") for name, message in MESSAGES.items()]
+    if is_traced(flat):
+        checks.insert(0, (jnp.all(jnp.isfinite(flat)), "theta is not finite"))
+    return require_all(checks, value)

@@ -66,7 +66,7 @@ def prepare(
 ) -> Problem:
     """Check the arguments of a public function and settle how its outcomes are made; `start` numbers the first row."""
     check_law(law)
-    flat, unravel = flatten(theta)
+    flat, unravel = flatten(theta, later=not isinstance(law, Data))
     theta = unravel(flat)
     n = 1 if x is None else row_count(x)
     y = None
@@ -262,8 +262,8 @@ def settle(
         total, health = over_rows(problem, kernel, per_row + width * problem.plan.size)
         law = problem.law
         if is_traced(total, health) or not isinstance(law, Exact) or not float(health.refine) > 1:
-            return verdict(problem.law, total, health), problem
+            return verdict(problem.law, total, health, problem.flat), problem
         finer = problem.plan.finer(law.max_outcomes)
         if finer is None:
-            return verdict(problem.law, total, health), problem
+            return verdict(problem.law, total, health, problem.flat), problem
         problem = problem._replace(plan=finer)

@@ -7,7 +7,7 @@ Probability, a density of one's own) is adapted here and nowhere else.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +31,27 @@ def is_traced(*trees: Any) -> bool:
 def require(ok: Any, value: Any, message: str | Callable[[], str]) -> Any:
     """Return `value`, or raise `ValueError`: at once where `ok` is known, through `equinox.error_if` under jit."""
     if isinstance(ok, jax.core.Tracer):
-        import equinox  # only needed here, and a tenth of a second to import
-
-        value = jax.tree.map(jnp.asarray, value)
-        return equinox.error_if(value, ~ok, message if isinstance(message, str) else message())
+        return require_all([(ok, message if isinstance(message, str) else message())], value)
     if not bool(ok):
         raise ValueError(message if isinstance(message, str) else message())
     return value
+
+
+def require_all(checks: Iterable[tuple[Any, str]], value: Any) -> Any:
+    """`require` for several checks at once, of which the first to fail is named; under jit they share one branch."""
+    unknown = []
+    for ok, message in checks:
+        if isinstance(ok, jax.core.Tracer):
+            unknown.append((ok, message))
+        else:
+            require(ok, value, message)
+    if not unknown:
+        return value
+    import equinox  # only needed here, and a tenth of a second to import
+
+    failed = ~jnp.stack([ok for ok, _ in unknown])
+    value, messages = jax.tree.map(jnp.asarray, value), [message for _, message in unknown]
+    return equinox.branched_error_if(value, jnp.any(failed), jnp.argmax(failed), messages)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -64,8 +78,11 @@ def parameter_names(theta: Any) -> list[str]:
     return names
 
 
-def flatten(theta: Any, name: str = "theta") -> tuple[jax.Array, Callable[[jax.Array], Any]]:
-    """Ravel a parameter pytree to [d], refusing what has no derivative or no value."""
+def flatten(theta: Any, name: str = "theta", later: bool = False) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
+    """Ravel a parameter pytree to [d], refusing what has no derivative or no value.
+
+    With `later`, that it is finite under jit is for `checks.verdict` to see, together with all else.
+    """
     leaves = tree_flatten_with_path(theta)[0]
     if sum(np.size(leaf) for _, leaf in leaves) == 0:
         raise ValueError(f"{name} is empty: it must hold at least one floating-point number")
@@ -81,7 +98,8 @@ def flatten(theta: Any, name: str = "theta") -> tuple[jax.Array, Callable[[jax.A
             )
     flat, unravel = ravel_pytree(jax.tree.map(jnp.asarray, theta))
     if is_traced(flat):
-        return require(jnp.all(jnp.isfinite(flat)), hide_constants(flat), f"{name} is not finite"), unravel
+        flat = hide_constants(flat)
+        return flat if later else require(jnp.all(jnp.isfinite(flat)), flat, f"{name} is not finite"), unravel
     return require(np.isfinite(flat).all(), flat, lambda: f"{name} is not finite: {_culprits(theta)}"), unravel
 
 

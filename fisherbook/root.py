@@ -88,7 +88,7 @@ def make_root(
     """
     check_law(law)
     whole, part = (model.model, model.part) if isinstance(model, PartOfModel) else (model, None)
-    flat, unravel = flatten(theta)
+    flat, unravel = flatten(theta, later=True)
     theta, n = unravel(flat), 1 if x is None else row_count(x)
     weight = np.ones(n) if weights is None else weights
     varying = _closed_form(model, theta, x) if isinstance(law, Exact) else None
@@ -105,8 +105,8 @@ def make_root(
 
         value, problem = settle(problem, checks, flat.size, 4)
         theta = jax.tree.map(lambda leaf: leaf + 0 * value, theta) if is_traced(value) else theta
-    elif problem.n > 1:
-        theta = verdict(law, theta, depend(problem, Health()))
+    else:
+        theta = verdict(law, theta, depend(problem, Health()), problem.flat)
     kept = Data(None) if isinstance(law, Data) else law
     return Root(whole, part, theta, kept, problem.plan, problem.rows, None, n)
 
@@ -135,7 +135,7 @@ def _checked(root: Root) -> Any:
     def compare(theta: Any, x: Any) -> jax.Array:
         x = take_rows(x, few)
         together = own(theta, x)
-        single = jax.lax.map(lambda row: own(theta, jax.tree.map(lambda a: a[None], row)), x).ravel()
+        single = jax.vmap(lambda row: own(theta, jax.tree.map(lambda a: a[None], row)))(x).ravel()
         known = lambda v: jnp.nan_to_num(jnp.sort(v), posinf=0.0, neginf=0.0)  # what is not finite is named elsewhere
         together, single = known(together), known(single)
         size = 1 + jnp.max(jnp.abs(single))
@@ -144,7 +144,7 @@ def _checked(root: Root) -> Any:
 
     dependent = run(compare, root.theta, root.rows.x) if root.n > 1 else 0.0
     if is_traced(root):
-        return verdict(root.law, root.theta, Health(dependent=dependent))
+        return verdict(root.law, root.theta, Health(dependent=dependent), root.flat)
     at_edge, leaves, nan = run(_at_edge, root)
     if nan:
         raise ValueError(f"{out_of_domain(root.rows.x)}: it gives NaN for the parameters of the distribution")

@@ -31,6 +31,7 @@ ADVICE = (
     "`.venv/bin/python -m playwright install chromium`; or name one in the variable CHROMIUM."
 )
 PHONE = {"width": 375, "height": 800}
+WIDE = {"width": 1600, "height": 900}
 pytestmark = pytest.mark.slow
 
 TYPESET = """async () => {
@@ -62,6 +63,8 @@ OVERFLOW = """() => {
             .map(e => e.outerHTML.slice(0, 200)),
     };
 }"""
+CUT = """() => [...document.querySelectorAll("article .cell_input pre, article .cell_output pre")]
+    .filter(e => e.clientWidth && e.scrollWidth > e.clientWidth).map(e => e.innerText.slice(0, 200))"""
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +185,13 @@ def test_text_does_not_scroll_sideways_on_a_phone(site, visit, name):
     found = page.evaluate(OVERFLOW)
     assert found["page"] <= 0, f"the page is {found['page']} px wider than the phone"
     assert found["wide"] == []
+
+
+@each_chapter
+def test_code_is_not_cut_on_a_wide_screen(site, visit, name):
+    page = visit(f"{site}/{name}", viewport=WIDE)
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert page.evaluate(CUT) == []
 
 
 @each_page

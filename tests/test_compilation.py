@@ -8,6 +8,7 @@ import pytest
 
 import fisherbook as fb
 from fisherbook.compilation import SEEN, compile_once
+from fisherbook.model import require_all
 
 WIDTH = 1.0
 
@@ -101,3 +102,28 @@ def test_constants_inside_a_program():
         np.testing.assert_allclose(solved, np.linalg.solve(expected + 0.1 * np.eye(320), v), atol=1e-6)
         at_zero = jax.jit(lambda h: fb.score_covariance(softmax, jnp.zeros((32, 10)), h))(h)
         np.testing.assert_allclose(at_zero, np.kron(h.T @ h / 300, np.eye(10) / 10 - 1 / 100), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [(-1.0, "negative"), (7.0, "large"), ([1.0, 7.0, 2.0], "large"), ([1.0, -1.0], "negative"), (np.nan, "negative")],
+)
+def test_several_checks_name_the_one_that_failed(values, message):
+    check = lambda x: require_all([(x >= 0, "negative"), (True, "known"), (x < 5, "large")], x)
+    with pytest.raises(Exception, match=message):
+        (jax.jit(check) if np.ndim(values) == 0 else jax.jit(jax.vmap(check)))(jnp.array(values))
+    with pytest.raises(ValueError, match="known"):
+        jax.jit(lambda x: require_all([(x > 0, "negative"), (False, "known")], x))(1.0)
+    np.testing.assert_array_equal(jax.jit(check)(3.0), 3.0)
+
+
+def test_parameters_that_are_not_finite_are_the_first_thing_named():
+    """Under jit, where NaN fails every other check too."""
+    x, y = jnp.ones((4, 1)), jnp.ones(4)
+    law = lambda t, x: dist.Normal(x @ t, 1.0)
+    laws = [fb.Exact(), fb.MonteCarlo(jax.random.key(0), 2), fb.Data(y)]
+    for function in (fb.score_covariance, fb.dense_fisher, fb.implicit_fisher):
+        for kind in laws:
+            found = jax.jit(lambda t, function=function, kind=kind: jax.tree.leaves(function(law, t, x, law=kind)))
+            with pytest.raises(Exception, match="theta is not finite"):
+                jax.block_until_ready(found(jnp.array([jnp.nan])))

@@ -48,12 +48,10 @@ def _columns(name: str, rows: list[dict[str, Any]]) -> tuple[list[str], list[Any
     if name.startswith("laplace"):
         parts = [lambda row, part=part: row[part] for part in ("fit", "evidence", "predict")]
         heads, cells = [*heads, "fit", "evidence", "predict"], [*cells, *parts]
-    elif name == "matrix":
-        product = next(row["seconds"] for row in rows if "R^T R alone" in row["name"])
-        heads, cells = [*heads, "to $R^\\top R$"], [*cells, lambda row: row["seconds"] / product]
     else:
         calls = LOOP if name == "loop" else 1
-        heads, cells = [*heads, "to a gradient"], [*cells, lambda row: row["seconds"] / row["beside"] / calls]
+        what = "$R^\\top R$" if name == "matrix" else "a gradient"
+        heads, cells = [*heads, f"to {what}"], [*cells, lambda row: row["seconds"] / row["beside"] / calls]
     return [*heads, "first call, s", "memory, MB", "error"], [*cells, first, memory, error]
 
 

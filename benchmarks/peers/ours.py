@@ -11,7 +11,7 @@ import numpyro.distributions as dist
 import optax
 import scipy.optimize
 import work
-from in_jax import arrays, logits, looped, loss, rows, timed, vector
+from in_jax import arrays, logits, looped, loss, timed, vector
 from jax.flatten_util import ravel_pytree
 from work import Entry, Network, Posterior, Race
 
@@ -46,10 +46,9 @@ def not_compiled(network: Network) -> Entry:
 
 
 def raw_product(network: Network) -> Entry:
-    theta, x = arrays(network)
-    J = jax.jit(jax.vmap(rows, (None, 0)))(theta, x)
-    R = np.concatenate([np.asarray(j).reshape(-1, w.size) for j, w in zip(J, theta, strict=True)], 1)
-    return Entry(lambda: R.T @ R, lambda F: np.ravel(F) / len(x))
+    product = work.raw_product(network)
+    product()
+    return Entry(product, lambda F: np.ravel(F) / len(network.x))
 
 
 # ------------------------------------------------------------------------------------------------ many inputs
