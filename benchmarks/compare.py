@@ -1,6 +1,6 @@
 """Time fisherbook beside other libraries, each in a process and, where it needs one, an environment of its own.
 
-Usage: python benchmarks/compare.py            every task (about half an hour)
+Usage: python benchmarks/compare.py            every task (about an hour)
        python benchmarks/compare.py matrix     one: matrix, product, loop, diagonal, trace, training, inputs
 
 The first run installs the other libraries into _build/peers (6 GB). What is measured replaces that task's rows in
@@ -35,7 +35,7 @@ ENVIRONMENTS = {  # file of entries: locked requirements; "" is the environment 
 }
 REPORTED = ["fisherbook", "jax", "numpy", "scipy", "optax", "laplax", "netket", "kfac-jax", "torch"]
 REPORTED += ["curvlinops-for-pytorch", "nngeometry", "backpack-for-pytorch", "laplace-torch"]
-LIMIT = 120  # seconds for one library at one task
+LIMIT = 240  # seconds for one library at one task
 
 
 def python_of(environment: str) -> str:

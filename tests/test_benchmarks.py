@@ -61,6 +61,18 @@ def test_stopwatch_sees_memory_and_errors(work):
     assert 0 < found["seconds"] < 10
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
+def test_what_is_compared_is_timed_in_turns(work, monkeypatch):
+    monkeypatch.setattr(work, "PAUSE", 0.0)
+    order = []
+    call, beside = (lambda: order.append("call")), (lambda: order.append("beside"))
+    found = work.measure(work.Entry(call, lambda out: out, beside), np.zeros(0))
+    turns = order[order.index("beside") + 1 :]  # the first of them is not timed
+    assert found["beside"] > 0
+    assert turns.count("call") >= work.REPEATS[0]
+    assert "call call" not in " ".join(turns)
+
+
 def test_race_stops_at_the_goal(work):
     found = work.run(work.Race(lambda: iter([1.0, 0.5, 0.009, 0.001])), np.ones(1))
     assert found["steps"] == 2

@@ -88,7 +88,9 @@ def test_same_as_rows(name, law):
     np.testing.assert_allclose(jax.jit(lambda r: layered.matrix(r, layers))(root), F, atol=1e-13 * size)
     np.testing.assert_allclose(diagonal_fisher(model, theta, x, law=law).diagonal(), np.diag(F), atol=1e-13 * size)
     np.testing.assert_allclose(implicit_fisher(model, theta, x, law=law).trace(), np.trace(F), rtol=1e-12)
-    np.testing.assert_allclose(dense_fisher(model, theta, x, law=law).as_matrix(), F, atol=1e-12 * size)
+    M = dense_fisher(model, theta, x, law=law).as_matrix()
+    np.testing.assert_allclose(M, F, atol=1e-12 * size)
+    np.testing.assert_array_equal(M, M.T)
 
 
 @pytest.mark.parametrize("name", ["MLP", "shared weight, LayerNorm", "tied", "a parameter in no layer"])

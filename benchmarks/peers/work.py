@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits
 SMALL, LARGE = (64, 32, 10), (784, 512, 256, 10)
 LOOP = 20  # products in a row, as a solve by conjugate gradients takes them
 SECONDS, PATIENCE, REPEATS = 4.0, 30.0, (5, 30)  # a call is repeated that long and at least and at most that often
+PAUSE = 0.2  # seconds
 
 
 class Network(NamedTuple):
@@ -200,15 +201,18 @@ def repeat(call: Callable[[], object], after: Callable[[float], None] = lambda _
 def alternate(call: Callable[[], object], beside: Callable[[], object]) -> tuple[list[float], list[float]]:
     """Seconds of both, in turns: a machine that slows down for a while then slows down both.
 
-    After each call, `beside` has about as long, at most 20 times.
+    After each call, `beside` has about as long, at most 20 times. Between them is a pause, in which the threads of one
+    fall asleep; while they wait for work they would take the processor from the other.
     """
     others: list[float] = []
 
     def fill(spent: float) -> None:
+        time.sleep(PAUSE)
         found = [seconds_of(beside)]
         while sum(found) + found[-1] < spent and len(found) < 20:
             found.append(seconds_of(beside))
         others.extend(found)
+        time.sleep(PAUSE)
 
     return repeat(call, fill), others
 

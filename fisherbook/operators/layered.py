@@ -137,9 +137,8 @@ def matrix(root: Root, layers: Layers) -> jax.Array:
     if len(np.unique(at)) < len(at):  # shared entries: derivatives add
         F = jnp.zeros((root.d, sum(sizes)), F.dtype).at[at].add(F)
         F = jnp.zeros((root.d, root.d), F.dtype).at[:, at].add(F)
-    else:
-        F = scatter(scatter(F, at, root.d).T, at, root.d).T
-    return (F + F.T) / 2
+        return (F + F.T) / 2
+    return scatter(scatter(F, at, root.d).T, at, root.d).T
 
 
 def scatter(rows: jax.Array, at: np.ndarray, d: int) -> jax.Array:
@@ -188,9 +187,9 @@ def _product(p: Part, q: Part) -> jax.Array:
 
 
 def _spread(P: jax.Array, p: Part, q: Part, same: bool) -> jax.Array:
-    """The block of F [p, q] from what `_product` gave; `p` and `q` may be shapes."""
+    """The block of F [p, q] from what `_product` gave, symmetric where p is q; `p` and `q` may be shapes."""
     if not _cost(p, p if same else q)[0]:
-        return P
+        return (P + P.T) / 2 if same else P
     (i, o), (j, k) = p.widths, q.widths
     if same:
         P = P[_triangle(i)][:, _triangle(o)]
