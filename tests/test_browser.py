@@ -58,7 +58,7 @@ OVERFLOW = """() => {
     };
     return {
         page: document.documentElement.scrollWidth - width,
-        wide: [...document.querySelectorAll("article :is(p, li, h1, h2, figure, pre)")]
+        wide: [...document.querySelectorAll("article :is(p, li, h1, h2, figure, pre, mjx-container)")]
             .filter(e => e.getBoundingClientRect().right > width + 1 && !scrolls(e))
             .map(e => e.outerHTML.slice(0, 200)),
     };

@@ -6,5 +6,14 @@ function reachWideCode() {
   }
 }
 for (const event of ["click", "keyup", "toggle"]) {
-  document.addEventListener(event, () => requestAnimationFrame(reachWideCode), true);
+  document.addEventListener(event, () => requestAnimationFrame(() => { reachWideCode(); reachWideFormulas(); }), true);
 }
+
+// MathJax 3 breaks no formula inside a line: one that is wider than its paragraph, on a phone, scrolls by itself.
+function reachWideFormulas() {
+  for (const formula of document.querySelectorAll(".bd-article mjx-container:not([display])")) {
+    const box = formula.closest("p, li, dd, dt, td, figcaption, h1, h2, h3")?.clientWidth;
+    if (box && formula.getBoundingClientRect().width > box) formula.classList.add("wide");
+  }
+}
+window.addEventListener("load", () => window.MathJax?.startup?.promise.then(reachWideFormulas));
