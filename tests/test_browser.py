@@ -182,6 +182,7 @@ def test_text_does_not_scroll_sideways_on_a_phone(site, visit, name):
     page = visit(f"{site}/{name}", viewport=PHONE)
     for button in page.query_selector_all("button.toggle-button"):
         button.evaluate("b => b.click()")
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")  # book.js has looked
     found = page.evaluate(OVERFLOW)
     assert found["page"] <= 0, f"the page is {found['page']} px wider than the phone"
     assert found["wide"] == []

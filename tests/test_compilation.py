@@ -122,8 +122,9 @@ def test_parameters_that_are_not_finite_are_the_first_thing_named():
     x, y = jnp.ones((4, 1)), jnp.ones(4)
     law = lambda t, x: dist.Normal(x @ t, 1.0)
     laws = [fb.Exact(), fb.MonteCarlo(jax.random.key(0), 2), fb.Data(y)]
-    for function in (fb.score_covariance, fb.dense_fisher, fb.implicit_fisher):
-        for kind in laws:
-            found = jax.jit(lambda t, function=function, kind=kind: jax.tree.leaves(function(law, t, x, law=kind)))
-            with pytest.raises(Exception, match="theta is not finite"):
-                jax.block_until_ready(found(jnp.array([jnp.nan])))
+    any_law = (fb.score_covariance, fb.expected_hessian, fb.dense_fisher, fb.implicit_fisher)
+    definitions = [(function, kind) for function in (fb.hellinger_jacobian, fb.kl_curvature) for kind in laws[:1]]
+    for function, kind in [(function, kind) for function in any_law for kind in laws] + definitions:
+        found = jax.jit(lambda t, function=function, kind=kind: jax.tree.leaves(function(law, t, x, law=kind)))
+        with pytest.raises(Exception, match="theta is not finite"):
+            jax.block_until_ready(found(jnp.array([jnp.nan])))

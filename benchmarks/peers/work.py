@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 SMALL, LARGE = (64, 32, 10), (784, 512, 256, 10)
 LOOP = 20  # products in a row, as a solve by conjugate gradients takes them
 SECONDS, PATIENCE, REPEATS = 4.0, 30.0, (5, 30)  # a call is repeated that long and at least and at most that often
-PAUSE = 0.2  # seconds
+PAUSE = 0.2  # seconds, in which threads that wait for work fall asleep
 
 
 class Network(NamedTuple):
