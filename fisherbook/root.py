@@ -130,17 +130,16 @@ def _closed_form(model: Model, theta: Any, x: Any) -> tuple[bool, ...] | None:
 def _checked(root: Root) -> Any:
     """theta, or an error where rows depend on each other, or a parameter is at the edge of its set and moves."""
     few = np.unique(np.linspace(0, root.n - 1, 4).astype(int))
-    own = lambda theta, x: jnp.concatenate([jnp.ravel(p) for p in own_parameters(call(root.model, theta, x))])
 
     def compare(theta: Any, x: Any) -> jax.Array:
         x = take_rows(x, few)
-        together = own(theta, x)
-        single = jax.vmap(lambda row: own(theta, jax.tree.map(lambda a: a[None], row)))(x).ravel()
-        known = lambda v: jnp.nan_to_num(jnp.sort(v), posinf=0.0, neginf=0.0)  # what is not finite is named elsewhere
-        together, single = known(together), known(single)
-        size = 1 + jnp.max(jnp.abs(single))
-        # rows by rows against parameter by parameter: sorted, they hold the same numbers
-        return jnp.max(jnp.abs(together - single)) / (1e4 * jnp.finfo(size.dtype).eps * size)
+        own = lambda x: own_parameters(call(root.model, theta, x))
+        single = jax.vmap(lambda row: [p[0] for p in own(jax.tree.map(lambda a: a[None], row))])(x)
+        known = lambda v: jnp.nan_to_num(v, posinf=0.0, neginf=0.0)  # what is not finite is named elsewhere
+        pairs = [(known(together), known(alone)) for together, alone in zip(own(x), single, strict=True)]
+        gap = jnp.max(jnp.stack([jnp.max(jnp.abs(together - alone)) for together, alone in pairs]))
+        size = 1 + jnp.max(jnp.stack([jnp.max(jnp.abs(alone)) for _, alone in pairs]))
+        return gap / (1e4 * jnp.finfo(size.dtype).eps * size)
 
     dependent = run(compare, root.theta, root.rows.x) if root.n > 1 else 0.0
     if is_traced(root):
@@ -179,12 +178,12 @@ def _at_edge(root: Root) -> tuple[jax.Array, jax.Array, jax.Array]:
 # --- what R is made of: smooth outputs of the model, and a linear map from their tangents to rows ----------------
 
 
-def outputs(root: Root, flat: jax.Array) -> tuple[jax.Array, ...]:
+def outputs(root: Root, theta: Any) -> tuple[jax.Array, ...]:
     """What theta moves: the family's parameters, or the log-probabilities [k, n, m] of the outcomes."""
     if root.varying is None:
         problem = root.problem()
-        return (problem.log_prob(flat, root.rows.x, _outcomes(problem)[0]),)
-    values = own_parameters(call(root.model, root.unravel(flat), root.rows.x))
+        return (problem.log_prob(ravel_pytree(theta)[0], root.rows.x, _outcomes(problem)[0]),)
+    values = own_parameters(call(root.model, theta, root.rows.x))
     return tuple(value for value, moves in zip(values, root.varying, strict=True) if moves)
 
 
@@ -214,17 +213,22 @@ def push(root: Root) -> Map:
 
 def linearize(root: Root) -> Map:
     """v [d] -> R v [n, r] with everything that does not depend on v computed already."""
-    flat = root.flat
-
-    def whole(v: jax.Array) -> jax.Array:
-        return push(root)(jax.jvp(lambda f: outputs(root, f), (flat,), (v,))[1])
-
-    return jax.linearize(whole, jnp.zeros_like(flat))[1]
+    linear, unravel = linearize_tree(root), root.unravel
+    return lambda v: linear(unravel(v))
 
 
-def transpose(linear: Map, d: jax.Array) -> Map:
-    """u [n, r] -> R^T u [d]; `d` is a vector of R's domain."""
-    return lambda u: jax.linear_transpose(linear, d)(u)[0]
+def linearize_tree(root: Root) -> Map:
+    """`linearize` for v like theta: no copy of v is made, and the map is a pytree itself."""
+
+    def whole(v: Any) -> jax.Array:
+        return push(root)(jax.jvp(lambda theta: outputs(root, theta), (root.theta,), (v,))[1])
+
+    return jax.linearize(whole, jax.tree.map(jnp.zeros_like, root.theta))[1]
+
+
+def transpose(linear: Map, v: Any) -> Map:
+    """u [n, r] -> R^T u; `v` has the form of what `linear` takes."""
+    return lambda u: jax.linear_transpose(linear, v)(u)[0]
 
 
 def leaf_rows(root: Root) -> list[jax.Array]:
@@ -261,7 +265,7 @@ def row_shape(root: Root) -> int:
 
 def residuals(root: Root) -> int:
     """Scalars that a linearised R holds."""
-    kept = jax.eval_shape(lambda r: jax.tree.leaves(linearize(r)), root)
+    kept = jax.eval_shape(lambda r: jax.tree.leaves(linearize_tree(r)), root)
     return sum(leaf.size for leaf in kept)
 
 

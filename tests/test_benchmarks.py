@@ -79,6 +79,20 @@ def test_race_stops_at_the_goal(work):
     assert work.run(work.Race(lambda: iter([1.0, np.nan])), np.ones(1))["steps"] is None
 
 
+def test_of_several_processes_the_middle_one(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import compare
+
+    ratios, memory = (1.2, 1.0, 1.1), (30.0, 10.0, 20.0)
+    rows = [dict(seconds=r * b, beside=b, memory=m) for r, b, m in zip(ratios, (1.0, 3.0, 2.0), memory, strict=True)]
+    left = iter(rows)
+    monkeypatch.setattr(compare, "one", lambda *_: next(left))
+    found = compare.repeated("python", "file", "task", "name", Path("answer"))
+    assert found == dict(seconds=2.2, beside=2.0, memory=20.0, processes=3)
+    monkeypatch.setattr(compare, "one", lambda *_: {"failed": "out of memory"})
+    assert compare.repeated("python", "file", "task", "name", Path("answer")) == {"failed": "out of memory"}
+
+
 def test_every_task_was_measured(work):
     tasks = json.loads(RESULTS.read_text())["tasks"]
     assert set(tasks) == set(work.TASKS)
@@ -91,10 +105,12 @@ def test_every_task_was_measured(work):
 
 def test_tables_sort_by_time_and_keep_what_failed():
     row = lambda name, seconds: dict(name=name, seconds=seconds, first=1.0, memory=10.0, error=1e-7, beside=0.5)
-    rows = [row("slow", 2.0), row("fisherbook", 1.0), {"name": "large", "failed": "out of memory"}]
+    rows = [row("slow", 2.0), row("fisherbook", 1.0) | {"processes": 3}, {"name": "large", "failed": "out of memory"}]
     task = {"date": "2026-01-01", "machine": "a machine", "rows": rows}
     text = benchmark_tables.table("product", {"tasks": {"product": task}, "versions": {}})
-    assert [line.split("|")[1].strip() for line in text.splitlines()[2:]] == ["**fisherbook**", "slow", "large"]
+    grid, below = text.split("\n\n")
+    assert [line.split("|")[1].strip() for line in grid.splitlines()[2:]] == ["**fisherbook**", "slow", "large"]
+    assert below == "Of up to 3 processes for each row, the middle one."
     assert "| **fisherbook** | 1 | 2 | 0 | 10 | 1e-07 |" in text
     assert "out of memory" in text
 

@@ -32,7 +32,8 @@ def table(name: str, results: dict[str, Any]) -> str:
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     lines += [[_name(row), *(_number(cell(row)) for cell in cells)] for row in done]
     lines += [[_name(row), row["failed"], *[""] * (len(heads) - 2)] for row in rows if "failed" in row]
-    return _grid(lines)
+    most = max((row.get("processes", 1) for row in done), default=1)
+    return _grid(lines) + (f"\n\nOf up to {most} processes for each row, the middle one." if most > 1 else "")
 
 
 def _columns(name: str, rows: list[dict[str, Any]]) -> tuple[list[str], list[Any]]:

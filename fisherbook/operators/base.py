@@ -23,10 +23,7 @@ class Vector:
     def __init__(self, v: Any, theta: Any) -> None:
         d = sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(theta))
         dtype = jnp.result_type(*jax.tree.leaves(theta))  # a vector of another type is converted
-        like_theta = jax.tree.structure(v) == jax.tree.structure(theta) and all(
-            jnp.shape(a) == jnp.shape(b) for a, b in zip(jax.tree.leaves(v), jax.tree.leaves(theta), strict=True)
-        )
-        if like_theta:
+        if is_like(v, theta):
             flat, unravel = ravel_pytree(v)
             self.matrix = _hidden(flat.astype(dtype))[:, None]
             self.back = lambda out: unravel(out[:, 0])
@@ -39,6 +36,13 @@ class Vector:
         array = jnp.asarray(v)
         self.matrix = _hidden(array.astype(dtype)).reshape(d, -1)
         self.back = lambda out: out.reshape(array.shape)
+
+
+def is_like(v: Any, theta: Any) -> bool:
+    """Whether v is a pytree of theta's structure, with leaves of its shapes."""
+    return jax.tree.structure(v) == jax.tree.structure(theta) and all(
+        jnp.shape(a) == jnp.shape(b) for a, b in zip(jax.tree.leaves(v), jax.tree.leaves(theta), strict=True)
+    )
 
 
 def _hidden(v: jax.Array) -> jax.Array:

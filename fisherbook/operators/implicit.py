@@ -14,9 +14,20 @@ from ..batches import Batches
 from ..compilation import hide_constants, run
 from ..law import Exact, Law
 from ..model import Model, flatten, is_traced, require
-from ..root import CAP, Root, dense_rows, linearize, make_root, over_blocks, residuals, row_shape, transpose
+from ..root import (
+    CAP,
+    Root,
+    dense_rows,
+    linearize,
+    linearize_tree,
+    make_root,
+    over_blocks,
+    residuals,
+    row_shape,
+    transpose,
+)
 from . import layered
-from .base import Fisher
+from .base import Fisher, is_like
 from .dense import gram_of_columns, law_name
 from .diagonal import squared_columns, squared_norm
 from .factor import cholesky
@@ -52,11 +63,21 @@ class ImplicitFisher(Fisher):
             return jax.jit(lambda *args: function(self, *args))(*args)
         return super()._run(function, *args)
 
+    def __matmul__(self, v: Any) -> Any:
+        types = lambda tree: [jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)]
+        if not (hasattr(self, HELD) and is_like(v, self.theta) and types(v) == types(self.theta)):
+            return super().__matmul__(v)
+        # leaf by leaf: no vector of all parameters is written on the way
+        linear = getattr(self, HELD)
+        product = transpose(linear, self.theta)(linear(hide_constants(jax.tree.map(jnp.asarray, v))))
+        return jax.tree.map(lambda a: (self.scale * a).astype(a.dtype), product)
+
     def _linear(self) -> Callable[[jax.Array], jax.Array]:
-        """v -> R v, from what is kept of it where it is."""
-        if hasattr(self, HELD):
-            return getattr(self, HELD)
-        return linearize(self.root) if self.kept is None else jax.tree.unflatten(self.form, self.kept)
+        """v [d] -> R v, from what is kept of it where it is."""
+        if not hasattr(self, HELD) and self.kept is None:
+            return linearize(self.root)
+        linear = getattr(self, HELD) if hasattr(self, HELD) else jax.tree.unflatten(self.form, self.kept)
+        return lambda v: linear(self.root.unravel(v))
 
     def for_a_file(self) -> ImplicitFisher:
         """Without the linearised model, which is made anew from the data that are kept."""
@@ -276,7 +297,7 @@ def _linearized(root: Root) -> tuple[list[jax.Array], Any]:
     forms: list[Any] = []
 
     def parts(r: Root) -> list[jax.Array]:
-        leaves, tree = jax.tree.flatten(linearize(r))
+        leaves, tree = jax.tree.flatten(linearize_tree(r))
         forms.append(tree)
         return leaves
 

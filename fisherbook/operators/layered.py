@@ -47,7 +47,9 @@ def layers_of(root: Root) -> Layers | None:
 
 def report(root: Root) -> Layers:
     """The layers of what theta moves, and what is in none."""
-    return find_layers(lambda flat, one: outputs(one, flat), root.flat, first_row(root), leaf_sizes(root.theta))
+    return find_layers(
+        lambda flat, one: outputs(one, one.unravel(flat)), root.flat, first_row(root), leaf_sizes(root.theta)
+    )
 
 
 def first_row(root: Root) -> Root:
