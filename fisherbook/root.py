@@ -17,7 +17,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from .checks import Health, verdict
-from .compilation import run
+from .compilation import hide_constants, run
 from .dependence import depends
 from .expectation import Problem, Rows, check_domain, depend, inspect, prepare, rows_weight, settle
 from .families import find_family, own_parameters, push_forward
@@ -89,7 +89,10 @@ def make_root(
     check_law(law)
     whole, part = (model.model, model.part) if isinstance(model, PartOfModel) else (model, None)
     flat, unravel = flatten(theta, later=True)
-    theta, n = unravel(flat), 1 if x is None else row_count(x)
+    strong = lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf))  # of the type that `unravel` gives
+    # inside jit theta as it was given: cut out of one vector again, each part would be a program of its own
+    theta = hide_constants(jax.tree.map(strong, theta)) if is_traced(flat) else unravel(flat)
+    n = 1 if x is None else row_count(x)
     weight = np.ones(n) if weights is None else weights
     varying = _closed_form(model, theta, x) if isinstance(law, Exact) else None
     if varying is not None:
