@@ -1,5 +1,7 @@
 """A program is compiled once; a model that has changed is another program."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,34 @@ def test_a_model_made_anew_is_not_compiled_anew():
     F = fb.kl_curvature(lambda t: dist.Gumbel(t, 3.0), 0.7)
     assert len(SEEN) == before
     np.testing.assert_allclose(F, 1 / 9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("curvature", [fb.dense_fisher, fb.diagonal_fisher, fb.kronecker_fisher])
+@pytest.mark.parametrize("method", ["linear_samples", "samples", "probit"])
+def test_predictions_under_another_prior_compile_nothing(curvature, method):
+    rng = np.random.default_rng(0)
+    x, y = jnp.asarray(rng.normal(size=(20, 3))), jnp.asarray(rng.integers(0, 3, 20))
+    theta = {"W": jnp.asarray(rng.normal(size=(3, 4))), "V": jnp.asarray(rng.normal(size=(4, 3)))}
+    network = lambda t, x: dist.Categorical(logits=jnp.tanh(x @ t["W"]) @ t["V"])
+    with warnings.catch_warnings(action="ignore"):  # not at a mode, which is nothing to this
+        posterior = fb.laplace(network, theta, y, x, curvature=curvature)
+
+    def predict(prior):
+        law = posterior.with_prior(prior).predictive(x, method=method, key=jax.random.key(0), draws=5)
+        return np.asarray(law.probs)
+
+    compiled = []
+    note = lambda event, *_, **more: compiled.append(more) if event.endswith("backend_compile_duration") else None
+    first = predict(1.0)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        second = predict(2.0)
+        assert not compiled
+        jax.jit(lambda v: v + 0.123)(1.0)
+        assert compiled  # it would have been seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert np.abs(first - second).max() > 1e-4
 
 
 def test_programs_that_call_back_are_not_shared():

@@ -6,8 +6,8 @@ the layers of the Fisher information finds them here. No row of J is written out
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +39,16 @@ def moments(model: Any, precision: Precision, x: Any, head: Head) -> tuple[jax.A
     if layers is not None and (layered.shared(layers) or not _by_layers(precision)):
         layers = None
     plan = _plan(precision, root, layers, head)
-    size = max(1, min(root.n, HELD // plan[1]))
+    size = max(1, min(root.n, HELD // plan.scalars))
 
-    def everything(precision: Precision, x: Any) -> tuple[jax.Array, jax.Array]:
-        forms = plan[0](precision)
+    def everything(precision: Precision, x: Any, inverse: Any) -> tuple[jax.Array, jax.Array]:
+        forms = plan.forms(precision, inverse)
         return read(model, precision.theta, x, head), _in_blocks(
             lambda rows: forms(jacobian(model, precision.theta, rows, head)), x, root.n, size
         )
 
-    return run(everything, precision, x)
+    # the inverse outside: its checks call back into Python, and a program that does so cannot be shared
+    return run(everything, precision, x, plan.inverse(precision))
 
 
 def jacobian(model: Any, theta: Any, x: Any, head: Head) -> Root:
@@ -80,21 +81,34 @@ def _in_blocks(function: Callable[[Any], jax.Array], x: Any, n: int, size: int) 
     return out.reshape(-1, *out.shape[2:])[:n]
 
 
-def _plan(precision: Precision, root: Root, layers: Layers | None, head: Head) -> tuple[Any, int]:
-    """What makes a function of a root from a precision, and the scalars that it holds for one input."""
+class Contraction(NamedTuple):
+    """How the covariances of a block of inputs are computed.
+
+    `inverse(precision)` gives what is needed of the covariance of theta, `forms(precision, inverse)` a function of a
+    root, and `scalars` counts what that holds for one input.
+    """
+
+    inverse: Callable[[Precision], Any]
+    forms: Callable[[Precision, Any], Callable[[Root], jax.Array]]
+    scalars: int
+
+
+def _plan(precision: Precision, root: Root, layers: Layers | None, head: Head) -> Contraction:
     q, d, n = head.q, root.d, root.n
     if layers is None:
-        return lambda precision: lambda part: _of_rows(precision, dense_rows(part).reshape(part.n, q, d)), 4 * q * d
+        of_rows = lambda precision, _: lambda part: _of_rows(precision, dense_rows(part).reshape(part.n, q, d))
+        return Contraction(lambda _: (), of_rows, 4 * q * d)
     sizes = jax.eval_shape(lambda r: layered.parts(r, layers), layered.first_row(root))
     thin = sum(leaf.size for leaf in jax.tree.leaves(sizes))
     if isinstance(precision, DensePrecision):
         if n * q < d:  # less work than the covariance itself
             return _plan(precision, root, None, head)
         pairs = [_held(p, r) for k, p in enumerate(sizes) for r in sizes[k:]]
-        return lambda precision: _dense(precision, layers), thin + max(pairs)
+        return Contraction(DensePrecision.covariance, lambda _, C: _dense(C, layers), thin + max(pairs))
     if isinstance(precision.F, DiagonalFisher):
-        return lambda precision: _diagonal(precision, layers), 2 * thin
-    return lambda precision: _kronecker(precision, layers), 4 * thin
+        return Contraction(Precision.variances, lambda _, variances: _diagonal(variances, layers), 2 * thin)
+    of_blocks = lambda precision, inverse: _kronecker(precision.F.blocks, inverse, layers)
+    return Contraction(_eigenvalues, of_blocks, 4 * thin)
 
 
 def _of_rows(precision: Precision, J: jax.Array) -> jax.Array:
@@ -108,9 +122,7 @@ def _weighed(p: Part, variances: jax.Array) -> jax.Array:
     return jnp.einsum("nro,no,nso->nrs", p.g, p.a**2 @ variances, p.g)
 
 
-def _diagonal(precision: Precision, layers: Layers) -> Callable[[Root], jax.Array]:
-    variances = precision.variances()
-
+def _diagonal(variances: jax.Array, layers: Layers) -> Callable[[Root], jax.Array]:
     def forms(root: Root) -> jax.Array:
         parts = zip(layered.parts(root, layers), layered.entries(layers), strict=True)
         return sum((_weighed(p, variances[at].reshape(p.widths)) for p, at in parts), jnp.zeros(()))
@@ -118,14 +130,17 @@ def _diagonal(precision: Precision, layers: Layers) -> Callable[[Root], jax.Arra
     return forms
 
 
-def _kronecker(precision: Precision, layers: Layers) -> Callable[[Root], jax.Array]:
+def _eigenvalues(precision: Precision) -> list[jax.Array]:
+    """Those of the covariance, [i, o] for each block of a Kronecker precision."""
     F = precision.F
-    totals = [1 / (precision.n * F.scale * total) for total in F._damped(_vector(precision) / F.scale)]
+    return [1 / (precision.n * F.scale * total) for total in F._damped(precision.prior / precision.n / F.scale)]
 
+
+def _kronecker(blocks: Sequence[Block], totals: list[jax.Array], layers: Layers) -> Callable[[Root], jax.Array]:
     def forms(root: Root) -> jax.Array:
         parts = list(zip(layered.parts(root, layers), layered.entries(layers), strict=True))
         out = jnp.zeros(())
-        for block, inverse in zip(F.blocks, totals, strict=True):
+        for block, inverse in zip(blocks, totals, strict=True):
             out = out + _of_block(block, inverse, parts, layers)
         return out
 
@@ -153,10 +168,6 @@ def _of_block(block: Block, inverse: jax.Array, parts: list[tuple[Part, np.ndarr
     return jnp.einsum("pnr,p,pns->nrs", W, inverse.ravel(), W)
 
 
-def _vector(precision: Precision) -> jax.Array:
-    return precision.prior / precision.n
-
-
 def _outer(p: Part, r: Part) -> bool:
     """Whether contracting outer products of activations with the covariance is less work than multiplying rows."""
     (i, o), (j, k), q = p.widths, r.widths, p.g.shape[1]
@@ -169,8 +180,7 @@ def _held(p: Part, r: Part) -> int:
     return i * j + o * k * (1 + q) if _outer(p, r) else q * (i * o + 2 * j * k)
 
 
-def _dense(precision: DensePrecision, layers: Layers) -> Callable[[Root], jax.Array]:
-    C = precision.covariance()
+def _dense(C: jax.Array, layers: Layers) -> Callable[[Root], jax.Array]:
     where = layered.entries(layers)
 
     def forms(root: Root) -> jax.Array:

@@ -156,10 +156,11 @@ class Fisher(eqx.Module):
     def inverse_diagonal(self, damping: Any = 0.0) -> jax.Array:
         """The diagonal [d] of (F + damping I)^-1: variances, n times too large for n observations."""
         damp = damping_vector(damping, self.theta)
-        return run(lambda F, damp: F._inverse_diagonal(damp), self, damp / self.scale) / self.scale
+        return self._inverse_diagonal(damp / self.scale) / self.scale
 
     def _inverse_diagonal(self, damping: jax.Array) -> jax.Array:
-        return jnp.sum(self._inverse_root(jnp.eye(self.d, dtype=self.dtype), damping) ** 2, 1)
+        squared = lambda F, damping: jnp.sum(F._inverse_root(jnp.eye(F.d, dtype=F.dtype), damping) ** 2, 1)
+        return run(squared, self, damping)
 
     @abc.abstractmethod
     def _logdet(self, damping: jax.Array) -> jax.Array: ...

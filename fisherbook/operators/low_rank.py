@@ -67,7 +67,9 @@ class LowRankFisher(Fisher):
         return self._thin(damping).solve(V)
 
     def _inverse_diagonal(self, damping: jax.Array) -> jax.Array:
-        return super()._inverse_diagonal(damping) if self._full else self._thin(damping).inverse_diagonal()
+        if self._full:
+            return super()._inverse_diagonal(damping)
+        return run(lambda F, damping: F._thin(damping).inverse_diagonal(), self, damping)
 
     def _logdet(self, damping: jax.Array) -> jax.Array:
         if self._full:
