@@ -216,11 +216,11 @@ def push(root: Root) -> Map:
 
 def linearize(root: Root) -> Map:
     """v [d] -> R v [n, r] with everything that does not depend on v computed already."""
-    linear, unravel = linearize_tree(root), root.unravel
+    linear, unravel = linear_map(root), root.unravel
     return lambda v: linear(unravel(v))
 
 
-def linearize_tree(root: Root) -> Map:
+def linear_map(root: Root) -> Map:
     """`linearize` for v like theta: no copy of v is made, and the map is a pytree itself."""
 
     def whole(v: Any) -> jax.Array:
@@ -268,7 +268,7 @@ def row_shape(root: Root) -> int:
 
 def residuals(root: Root) -> int:
     """Scalars that a linearised R holds."""
-    kept = jax.eval_shape(lambda r: jax.tree.leaves(linearize_tree(r)), root)
+    kept = jax.eval_shape(lambda r: jax.tree.leaves(linear_map(r)), root)
     return sum(leaf.size for leaf in kept)
 
 

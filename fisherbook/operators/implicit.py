@@ -14,24 +14,13 @@ from ..batches import Batches
 from ..compilation import hide_constants, run
 from ..law import Exact, Law
 from ..model import Model, flatten, is_traced, require
-from ..root import (
-    CAP,
-    Root,
-    dense_rows,
-    linearize,
-    linearize_tree,
-    make_root,
-    over_blocks,
-    residuals,
-    row_shape,
-    transpose,
-)
+from ..root import CAP, Root, dense_rows, linear_map, linearize, make_root, over_blocks, residuals, row_shape, transpose
 from . import layered
 from .base import Fisher, is_like
 from .dense import gram_of_columns, law_name
 from .diagonal import squared_columns, squared_norm
 from .factor import cholesky
-from .streamed import LARGEST, StreamedFisher, most_steps
+from .streamed import LARGEST, StreamedFisher, check_options, most_steps
 from .woodbury import Thin
 
 SMALL = 4096  # parameters up to which an undamped solve forms F
@@ -275,7 +264,7 @@ def implicit_fisher(
 
     Derived in the chapter "Fisher at scale". Source: Schraudolph (2002), section 3; Martens (2020), section 8.
     """
-    _check_options(rtol, max_steps, preconditioner)
+    check_options(rtol, max_steps, preconditioner)
     flat, unravel = flatten(theta)
     rtol = max(rtol, 10 * float(jnp.finfo(flat.dtype).eps))
     one, name = jnp.ones((), flat.dtype), law_name(law)
@@ -297,20 +286,9 @@ def _linearized(root: Root) -> tuple[list[jax.Array], Any]:
     forms: list[Any] = []
 
     def parts(r: Root) -> list[jax.Array]:
-        leaves, tree = jax.tree.flatten(linearize_tree(r))
+        leaves, tree = jax.tree.flatten(linear_map(r))
         forms.append(tree)
         return leaves
 
     kept = run(parts, root)
     return kept, forms[-1]
-
-
-def _check_options(rtol: float, max_steps: int | None, preconditioner: Any) -> None:
-    if not 0 < rtol < 1:
-        raise ValueError(f"rtol is a relative residual, between 0 and 1, got {rtol}")
-    if max_steps is not None and max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
-    if preconditioner is not None and not (callable(preconditioner) or isinstance(preconditioner, Fisher)):
-        raise TypeError(
-            f"preconditioner must be a function from [d] to [d] or an operator, got {type(preconditioner).__name__}"
-        )

@@ -26,6 +26,17 @@ OUTSIDE = (
 LARGEST = 8192  # the smaller side of R up to which determinants and draws are computed through it
 
 
+def check_options(rtol: float, max_steps: int | None, preconditioner: Any) -> None:
+    if not 0 < rtol < 1:
+        raise ValueError(f"rtol is a relative residual, between 0 and 1, got {rtol}")
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    if preconditioner is not None and not (callable(preconditioner) or isinstance(preconditioner, Fisher)):
+        raise TypeError(
+            f"preconditioner must be a function from [d] to [d] or an operator, got {type(preconditioner).__name__}"
+        )
+
+
 def most_steps(max_steps: int | None, d: int) -> int:
     """Steps after which conjugate gradients give up: what was asked for, or 10 d between 1000 and 10 000."""
     return max_steps or min(max(1000, 10 * d), 10_000)
