@@ -1,6 +1,6 @@
 """Time fisherbook beside other libraries, each in a process and, where it needs one, an environment of its own.
 
-Usage: python benchmarks/compare.py            every task (two hours)
+Usage: python benchmarks/compare.py            every task (an hour or more)
        python benchmarks/compare.py matrix     one: matrix, product, loop, diagonal, trace, training, inputs
 
 The first run installs the other libraries into _build/peers (6 GB). What is measured replaces that task's rows in
