@@ -44,7 +44,7 @@ def _factor(M: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The factor, the units of M's diagonal, and whether all pivots are well above rounding."""
     diagonal = jnp.diagonal(M)
     scale = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
-    L = jnp.linalg.cholesky(M / scale[:, None] / scale)
+    L = jnp.linalg.cholesky(M / scale[:, None] / scale, symmetrize_input=False)  # symmetric, and large
     pivots = jnp.diagonal(L)
     ok = jnp.all(jnp.isfinite(pivots)) & (jnp.min(pivots) ** 2 > 8 * M.shape[0] * jnp.finfo(M.dtype).eps)
     return scale[:, None] * L, scale, ok
