@@ -86,10 +86,11 @@ def repeated(python: str, file: str, task: str, name: str, answer: Path) -> dict
 
 
 def middle(rows: list[dict]) -> dict:
-    """The row whose ratio (or whose time, where there is none) is the median, with the median of the memories."""
+    """The row whose ratio (or whose time, where there is none) is the median, with the medians of the memories."""
     ordered = sorted(rows, key=lambda row: row["seconds"] / (row.get("beside") or 1))
-    memory = statistics.median_low(row["memory"] for row in rows)
-    return ordered[(len(rows) - 1) // 2] | {"memory": memory, "processes": len(rows)}
+    fields = [name for name in ("memory", "first_memory") if name in rows[0]]
+    memory = {name: statistics.median_low(row[name] for row in rows) for name in fields}
+    return ordered[(len(rows) - 1) // 2] | memory | {"processes": len(rows)}
 
 
 def versions(python: str) -> dict[str, str]:

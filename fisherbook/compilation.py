@@ -7,7 +7,9 @@ go on answering for a global that has changed since. So every call traces, and c
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -15,6 +17,22 @@ import jax.numpy as jnp
 
 SEEN: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
 CAPACITY = 512
+APART: ContextVar[list[Any] | None] = ContextVar("APART", default=None)
+
+
+@contextmanager
+def checks_apart() -> Iterator[list[Any]]:
+    """Within, a check of a value that is not known yet goes into the list that this gives, not into the program.
+
+    A program that calls back into Python cannot be shared. Whoever opens this returns the checks from the program,
+    and raises where one has failed.
+    """
+    checks: list[Any] = []
+    token = APART.set(checks)
+    try:
+        yield checks
+    finally:
+        APART.reset(token)
 
 
 def compile_once(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
@@ -57,7 +75,7 @@ def run(function: Callable[..., Any], *trees: Any) -> Any:
         return function(*jax.tree.unflatten(tree, [leaf if callable(leaf) else next(left) for leaf in leaves]))
 
     if any(isinstance(leaf, jax.core.Tracer) for leaf in arrays):
-        return jax.jit(flat)(*arrays)
+        return (jax.jit(flat) if APART.get() is None else flat)(*arrays)  # a program within would keep its checks
     return compile_once(flat, *arrays)(*arrays)
 
 

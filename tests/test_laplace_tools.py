@@ -174,6 +174,49 @@ def test_prior_by_data_held_out():
     assert "held-out" in repr(found)
 
 
+@anywhere
+def test_prior_by_data_held_out_compiles_once(caplog):
+    posterior = laplace(network, weights(), CLASSES, X, curvature=fb.kronecker_fisher)
+    tune_prior(posterior, y=CLASSES, x=X)
+    with caplog.at_level("WARNING", logger="jax"), jax.log_compiles():
+        tune_prior(posterior, y=CLASSES, x=X)
+    assert "Finished tracing" in caplog.text
+    assert "Finished XLA compilation" not in caplog.text
+
+
+@anywhere
+@pytest.mark.parametrize("structure", [s for s in STRUCTURES if s != "implicit"])  # where lineax checks derivatives
+def test_prior_by_the_evidence_compiles_once_for_models_of_one_shape(structure, caplog):
+    """Fit, tune and fit again is what people do, with a posterior, and often a model, made anew."""
+    make = lambda: laplace(lambda t, x: network(t, x), weights(), CLASSES, X, curvature=STRUCTURES[structure])
+    first = tune_prior(make())
+    posterior = make()
+    with caplog.at_level("WARNING", logger="jax"), jax.log_compiles():
+        second = tune_prior(posterior)
+    assert "Finished tracing" in caplog.text
+    assert "Finished XLA compilation" not in caplog.text
+    assert second.prior_precision == first.prior_precision
+    assert first.converged or structure == "low rank"  # directions it left out have only the prior: the weaker the better
+
+
+@anywhere
+@pytest.mark.parametrize("curvature", [fb.dense_fisher, fb.kronecker_fisher])
+def test_prior_is_tuned_in_float32(curvature):
+    """Weak priors, under which a softmax is singular in float32, end the range; rounding is no lack of convergence."""
+    single = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
+    fine = laplace(network, weights(), CLASSES, X, curvature=curvature)
+    coarse = laplace(network, single(weights()), CLASSES, single(X), curvature=curvature)
+    with pytest.raises(ValueError, match="n F . prior is"):
+        coarse.with_prior(1e-6)
+    found, expected = tune_prior(coarse), tune_prior(fine)
+    assert found.converged
+    np.testing.assert_allclose(np.log(found.prior_precision), np.log(expected.prior_precision), atol=1e-3)
+    held = tune_prior(coarse, y=CLASSES, x=single(X))
+    assert any(value == -np.inf for _, value in held.tried)
+    direct = held.posterior.predictive(single(X)).log_prob(CLASSES).mean()
+    assert held.objective == direct == max(value for _, value in held.tried)
+
+
 def test_prior_that_cannot_be_tuned():
     posterior = laplace(regression, jnp.asarray(ridge(1.0)), Y, X)
     for bounds in ((0.0, 1.0), (2.0, 1.0), (1.0, np.inf)):

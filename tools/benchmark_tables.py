@@ -49,11 +49,12 @@ def _columns(name: str, rows: list[dict[str, Any]]) -> tuple[list[str], list[Any
     if name.startswith("laplace"):
         parts = [lambda row, part=part: row[part] for part in ("fit", "evidence", "predict")]
         heads, cells = [*heads, "fit", "evidence", "predict"], [*cells, *parts]
-    else:
-        calls = LOOP if name == "loop" else 1
-        what = "$R^\\top R$" if name == "matrix" else "a gradient"
-        heads, cells = [*heads, f"to {what}"], [*cells, lambda row: row["seconds"] / row["beside"] / calls]
-    return [*heads, "first call, s", "memory, MB", "error"], [*cells, first, memory, error]
+        return [*heads, "first call, s", "memory, MB", "error"], [*cells, first, memory, error]
+    calls = LOOP if name == "loop" else 1
+    what = "$R^\\top R$" if name == "matrix" else "a gradient"
+    heads, cells = [*heads, f"to {what}"], [*cells, lambda row: row["seconds"] / row["beside"] / calls]
+    whole = lambda row: f"{row['first_memory']:.0f}"
+    return [*heads, "MB", "first call, s", "first call, MB", "error"], [*cells, memory, first, whole, error]
 
 
 def _inputs(rows: list[dict[str, Any]]) -> str:
