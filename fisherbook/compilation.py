@@ -7,13 +7,14 @@ go on answering for a global that has changed since. So every call traces, and c
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 SEEN: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
 CAPACITY = 512
@@ -62,18 +63,26 @@ def compile_once(function: Callable[..., Any], *args: Any) -> Callable[..., Any]
     return SEEN[key]
 
 
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The arrays and numbers of a pytree, and what puts others in their place; its other leaves (functions) stay."""
+    leaves, form = jax.tree.flatten(tree)
+    numbers = [isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)) for leaf in leaves]
+
+    def whole(arrays: Sequence[Any]) -> Any:
+        left = iter(arrays)
+        mixed = [next(left) if number else leaf for number, leaf in zip(numbers, leaves, strict=True)]
+        return jax.tree.unflatten(form, mixed)
+
+    return [leaf for number, leaf in zip(numbers, leaves, strict=True) if number], whole
+
+
 def run(function: Callable[..., Any], *trees: Any) -> Any:
     """`function(*trees)` as one compiled program; the answer must hold arrays only.
 
-    Leaves that are no arrays (a function among them) are part of the program.
+    Leaves that are no arrays (a function, an operator that is no pytree) are part of the program.
     """
-    leaves, tree = jax.tree.flatten(trees)
-    arrays = [leaf for leaf in leaves if not callable(leaf)]
-
-    def flat(*arrays: Any) -> Any:
-        left = iter(arrays)
-        return function(*jax.tree.unflatten(tree, [leaf if callable(leaf) else next(left) for leaf in leaves]))
-
+    arrays, whole = split_arrays(trees)
+    flat = lambda *arrays: function(*whole(arrays))
     if any(isinstance(leaf, jax.core.Tracer) for leaf in arrays):
         return (jax.jit(flat) if APART.get() is None else flat)(*arrays)  # a program within would keep its checks
     return compile_once(flat, *arrays)(*arrays)

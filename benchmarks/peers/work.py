@@ -236,7 +236,7 @@ def alternate(call: Callable[[], object], beside: Callable[[], object]) -> tuple
 
 
 def measure(entry: Entry, exact: np.ndarray) -> dict[str, float | None]:
-    """Median seconds, the first call's, MB of a call, MB with the first one, relative error, and the comparison's seconds."""
+    """Medians of seconds and of the comparison's, the first call's, MB of a call and with the first one, relative error."""
     forget_peak()
     before, start = resident("VmRSS"), time.perf_counter()
     result = entry.call()

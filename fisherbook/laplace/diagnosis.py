@@ -13,6 +13,7 @@ import numpy as np
 import scipy.sparse.linalg
 from jax.flatten_util import ravel_pytree
 
+from ..batches import Batches
 from ..bounds import name_direction
 from ..compilation import run
 from ..families import innermost
@@ -20,6 +21,7 @@ from ..likelihood import inside
 from ..model import Conditional, check_observations, is_traced, parameter_names, path_name
 from ..operators.base import Fisher
 from ..operators.dense import DenseFisher
+from ..operators.kronecker import KroneckerFisher
 
 DIRECTIONS, LARGEST = 3, 1000
 EQUAL = 1e-3  # spread of log weights below which they are equal: a tail of such differences has no meaning
@@ -64,6 +66,8 @@ def diagnose(posterior: Any, key: jax.Array, y: Any, x: Any, draws: int) -> Diag
         raise ValueError("diagnose cannot stand inside jax.jit: Pareto's k is fitted by ArviZ")
     if draws < 100:
         raise ValueError(f"draws must be at least 100 for a tail to be fitted, got {draws}")
+    if isinstance(y, Batches) or isinstance(x, Batches):
+        raise ValueError("diagnose evaluates the log joint at many draws: pass y and x as arrays, not as Batches")
     y = check_observations(posterior.model, posterior.mean, y, x)
     if len(y) != int(posterior.n):
         raise ValueError(f"the posterior was fitted to {int(posterior.n)} observations, but y has {len(y)}")
@@ -152,7 +156,7 @@ def null_directions(F: Any, names: list[str]) -> list[str]:
     if is_traced(F):
         return []
     d = len(names)
-    if isinstance(F, DenseFisher) and d <= LARGEST:
+    if isinstance(F, (DenseFisher, KroneckerFisher)) and d <= LARGEST:
         M = np.asarray(F.as_matrix(), float)
         scale = np.sqrt(np.where(np.diag(M) > 0, np.diag(M), 1))
         values, vectors = np.linalg.eigh(M / scale[:, None] / scale)

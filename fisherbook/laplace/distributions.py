@@ -1,4 +1,4 @@
-"""Two laws that numpyro lacks: an equal-weight mixture of any distributions, and a posterior as a distribution."""
+"""Laws that numpyro lacks: equal-weight mixtures of any distributions, and a posterior as a distribution."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
+from ..compilation import run
+from ..distributions import log_density
 from .precision import Precision
 
 
@@ -61,6 +63,61 @@ class EqualMixture(dist.Distribution):
     def variance(self) -> jax.Array:
         inside = jnp.mean(self.components.variance, self.axis)
         return inside + jnp.var(self.components.mean, self.axis)
+
+
+class DrawnMixture(dist.Distribution):
+    """The mixture with equal weights of `draws` distributions, stacked along a new first axis of their arrays.
+
+    It asks of them log_prob and sample only, so that any density will do.
+    """
+
+    pytree_data_fields = ("laws",)
+    pytree_aux_fields = ("draws",)
+
+    def __init__(self, laws: Any, draws: int, *, validate_args: bool | None = None) -> None:
+        self.laws, self.draws = laws, draws
+        super().__init__(self._first.batch_shape, self._first.event_shape, validate_args=validate_args)
+
+    @property
+    def _first(self) -> Any:
+        return jax.tree.map(lambda a: a[0], self.laws)
+
+    @property
+    def support(self) -> Any:
+        return self._first.support
+
+    def log_prob(self, value: Any, intermediates: Any = None) -> jax.Array:
+        def mean(laws: Any, value: jax.Array) -> jax.Array:
+            each = jax.lax.map(lambda law: log_density(law, value), laws)
+            return jax.nn.logsumexp(each, 0) - jnp.log(self.draws)
+
+        return run(mean, self.laws, jnp.asarray(value))
+
+    def sample(self, key: jax.Array | None, sample_shape: tuple[int, ...] = ()) -> jax.Array:
+        assert key is not None
+
+        def one(laws: Any, key: jax.Array) -> jax.Array:  # each row has a law of its own draw
+            pick, draw = jax.random.split(key)
+            values = jax.lax.map(lambda law: law.sample(draw), laws)
+            which = jax.random.randint(pick, self.batch_shape, 0, self.draws)[None]
+            which = which.reshape(*which.shape, *(1 for _ in self.event_shape))
+            return jnp.take_along_axis(values, which, 0)[0]
+
+        keys = jax.random.split(key, int(np.prod(sample_shape)))
+        drawn = run(lambda laws, keys: jax.lax.map(lambda key: one(laws, key), keys), self.laws, keys)
+        return drawn.reshape(*sample_shape, *drawn.shape[1:])
+
+    @property
+    def mean(self) -> jax.Array:
+        return run(lambda laws: jnp.mean(jax.vmap(lambda law: law.mean)(laws), 0), self.laws)
+
+    @property
+    def variance(self) -> jax.Array:
+        def total(laws: Any) -> jax.Array:
+            means, inside = jax.vmap(lambda law: (law.mean, law.variance))(laws)
+            return jnp.mean(inside, 0) + jnp.var(means, 0)
+
+        return run(total, self.laws)
 
 
 class NormalLaw(dist.Distribution):

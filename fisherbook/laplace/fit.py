@@ -6,14 +6,13 @@ import warnings
 from collections.abc import Callable, Sized
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from ..batches import Batches, pieces
 from ..compilation import run
 from ..law import Data, Exact, Law
-from ..model import Conditional, Model, check_observations, flatten, is_traced
+from ..model import Conditional, Model, check_observations, flatten, is_traced, require
 from ..operators import dense_fisher
 from ..part import PartOfModel, select
 from .posterior import LaplacePosterior, assemble, positive, spread
@@ -114,10 +113,7 @@ def _shown(x: Any, progress: bool, what: str) -> Any:
 def _checked(posterior: LaplacePosterior, must_be_mode: bool) -> LaplacePosterior:
     message = "theta is not the mode: fit it to the log-likelihood plus the log-prior first"
     if is_traced(posterior):
-        if must_be_mode:
-            good = posterior.away <= AWAY
-            return eqx.tree_at(lambda p: p.away, posterior, eqx.error_if(posterior.away, ~good, message))
-        return posterior
+        return require(posterior.away <= AWAY, posterior, message) if must_be_mode else posterior
     if not float(posterior.away) <= AWAY:
         message = (
             f"theta is not the mode: the step to it is {float(posterior.away):.2g} posterior standard deviations long; "

@@ -26,7 +26,7 @@ from ..operators.kronecker import KroneckerFisher
 from ..operators.layered import Part
 from ..root import CAP, Root, dense_rows
 from .outputs import Head, read
-from .precision import DensePrecision, Precision
+from .precision import DensePrecision, Precision, in_words
 
 HELD = 2**22  # scalars that a block of inputs may hold
 
@@ -42,10 +42,9 @@ def moments(model: Any, precision: Precision, x: Any, head: Head) -> tuple[jax.A
     size = max(1, min(root.n, HELD // plan.scalars))
 
     def everything(precision: Precision, x: Any, inverse: Any) -> tuple[jax.Array, jax.Array]:
-        forms = plan.forms(precision, inverse)
-        return read(model, precision.theta, x, head), _in_blocks(
-            lambda rows: forms(jacobian(model, precision.theta, rows, head)), x, root.n, size
-        )
+        forms, theta = plan.forms(precision, inverse), precision.theta
+        of_block = lambda rows: (read(model, theta, rows, head), forms(jacobian(model, theta, rows, head)))
+        return _in_blocks(of_block, x, root.n, size)
 
     # the inverse outside: its checks call back into Python, and a program that does so cannot be shared
     return run(everything, precision, x, plan.inverse(precision))
@@ -71,14 +70,13 @@ def _by_layers(precision: Precision) -> bool:
     return isinstance(precision, DensePrecision) or isinstance(precision.F, (DiagonalFisher, KroneckerFisher))
 
 
-def _in_blocks(function: Callable[[Any], jax.Array], x: Any, n: int, size: int) -> jax.Array:
-    """`function` of blocks of rows, put together; the last block is filled with its first row."""
+def _in_blocks(function: Callable[[Any], Any], x: Any, n: int, size: int) -> Any:
+    """Arrays that `function` makes of blocks of rows, put together; the last block is filled with its first row."""
     if x is None or size >= n:
         return function(x)
     fill = -n % size
     blocks = jax.tree.map(lambda a: jnp.concatenate([a, jnp.repeat(a[:1], fill, 0)]).reshape(-1, size, *a.shape[1:]), x)
-    out = jax.lax.map(function, blocks)
-    return out.reshape(-1, *out.shape[2:])[:n]
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], jax.lax.map(function, blocks))
 
 
 class Contraction(NamedTuple):
@@ -133,7 +131,8 @@ def _diagonal(variances: jax.Array, layers: Layers) -> Callable[[Root], jax.Arra
 def _eigenvalues(precision: Precision) -> list[jax.Array]:
     """Those of the covariance, [i, o] for each block of a Kronecker precision."""
     F = precision.F
-    return [1 / (precision.n * F.scale * total) for total in F._damped(precision.prior / precision.n / F.scale)]
+    totals = in_words(precision.dtype, lambda: F._damped(precision.prior / precision.n / F.scale))
+    return [1 / (precision.n * F.scale * total) for total in totals]
 
 
 def _kronecker(blocks: Sequence[Block], totals: list[jax.Array], layers: Layers) -> Callable[[Root], jax.Array]:

@@ -14,12 +14,15 @@ from ..dependence import depends
 from ..families import find_family, innermost
 from ..model import Model, call, row_count
 
+AS_THEY_ARE = ("logits", "loc")  # have no edge
+
 
 class Output(NamedTuple):
-    """One parameter of a distribution: its name, its shape for one row, and whether it is a vector of probabilities."""
+    """One parameter of a distribution, for one row: its shape, that of its coordinates, whether it is probabilities."""
 
     name: str
     shape: tuple[int, ...]
+    free: tuple[int, ...]
     classes: bool
 
 
@@ -31,7 +34,7 @@ class Head(NamedTuple):
 
     @property
     def q(self) -> int:
-        return sum(int(np.prod(o.shape)) for o in self.outputs)
+        return sum(int(np.prod(o.free)) for o in self.outputs)
 
 
 def find_head(model: Model, theta: Any, x: Any) -> Head:
@@ -50,13 +53,20 @@ def find_head(model: Model, theta: Any, x: Any) -> Head:
         for name, value in values.items():
             axes = _event_axes(inner, name)
             shape = (*inner.batch_shape[0 if x is None else 1 :], *value.shape[value.ndim - axes :])
-            every.append(Output(name, tuple(shape), name == "probs" and axes > 0))
+            classes = name == "probs" and axes > 0
+            plain = classes or name in AS_THEY_ARE
+            free = shape if plain else dist.transforms.biject_to(_constraint(inner, name)).inverse_shape(shape)
+            every.append(Output(name, tuple(shape), tuple(free), classes))
         events = len(whole.event_shape) - len(inner.event_shape)
         return tuple(values.values())
 
     outputs = [output for output, moves in zip(every, depends(look, theta), strict=True) if moves]
     if not outputs:
-        raise ValueError("theta moves no parameter of the model's distribution, so it has no outputs to predict with")
+        names = ", ".join(output.name for output in every)
+        raise ValueError(
+            f"theta moves none of the parameters that {type(innermost(call(model, theta, one))).__name__} declares "
+            f"({names}), so there are no outputs to linearise: use method='samples'"
+        )
     return Head(tuple(outputs), events)
 
 
@@ -89,8 +99,8 @@ def rebuild(model: Model, theta: Any, x: Any, head: Head, outputs: jax.Array) ->
         arguments[name] = value.reshape(*inner.batch_shape[:rows], *[1] * extra, *sites, *event)
     at = 0
     for o in head.outputs:
-        size = int(np.prod(o.shape))
-        value = outputs[..., at : at + size].reshape(*batch, *o.shape)
+        size = int(np.prod(o.free))
+        value = outputs[..., at : at + size].reshape(*batch, *o.free)
         arguments[o.name] = _bound(inner, o, value)
         at += size
     built = type(inner)(**arguments)
@@ -100,18 +110,22 @@ def rebuild(model: Model, theta: Any, x: Any, head: Head, outputs: jax.Array) ->
 def _names(d: Any) -> tuple[str, ...]:
     family = find_family(d)
     if family is not None:
-        return tuple(name for name in family.parameters if name not in family.fixed)
-    constraints = getattr(d, "arg_constraints", {})
-    names = tuple(name for name in constraints if name in d.__dict__)
+        return family.parameters
+    names = tuple(name for name in _arguments(d) if name in d.__dict__)
     if not names:
-        raise ValueError(f"{type(d).__name__} does not say what its parameters are (arg_constraints)")
+        raise ValueError(
+            f"{type(d).__name__} does not say what its parameters are (arg_constraints): use method='samples'"
+        )
     return names
 
 
 def _arguments(d: Any) -> list[str]:
-    """Parameters of the constructor that the distribution keeps."""
+    """Parameters of the constructor that the distribution keeps; of several forms of one, the triangular root."""
     known = inspect.signature(type(d).__init__).parameters
-    return [name for name in known if name in getattr(d, "arg_constraints", {}) and hasattr(d, name)]
+    names = [name for name in known if name in getattr(d, "arg_constraints", {}) and hasattr(d, name)]
+    return [
+        name for name in names if "scale_tril" not in names or name not in ("covariance_matrix", "precision_matrix")
+    ]
 
 
 def _event_axes(d: Any, name: str) -> int:
@@ -119,15 +133,17 @@ def _event_axes(d: Any, name: str) -> int:
 
 
 def _free(d: Any, o: Output, value: jax.Array) -> jax.Array:
-    if o.name == "logits" or o.name == "loc":
+    if o.name in AS_THEY_ARE:
         return value
+    if o.classes:  # of the logits that give these probabilities, those whose sum is zero
+        return jnp.log(value) - jnp.mean(jnp.log(value), -1, keepdims=True)
     if o.name == "probs":
-        return jnp.log(value) if o.classes else jnp.log(value) - jnp.log1p(-value)
+        return jnp.log(value) - jnp.log1p(-value)
     return dist.transforms.biject_to(_constraint(d, o.name)).inv(value)
 
 
 def _bound(d: Any, o: Output, value: jax.Array) -> jax.Array:
-    if o.name == "logits" or o.name == "loc":
+    if o.name in AS_THEY_ARE:
         return value
     if o.name == "probs":
         return jax.nn.softmax(value, -1) if o.classes else jax.nn.sigmoid(value)

@@ -119,7 +119,8 @@ class LaplacePosterior(eqx.Module):
     def null_directions(self) -> list[str]:
         """Directions about which the data say nothing, so that they are the prior's, in words; at most ten.
 
-        For a matrix its null directions up to 1000 parameters; else the parameters whose information is 0.
+        For a matrix and for Kronecker products their null directions, up to 1000 parameters; else the parameters whose
+        information is 0.
         """
         return null_directions(self.curvature, parameter_names(self.mean))
 
@@ -213,14 +214,18 @@ class LaplacePosterior(eqx.Module):
 
     def _repr_html_(self) -> str:
         names, mean = parameter_names(self.mean), np.asarray(self.flat)
-        sd = np.asarray(jnp.sqrt(self.precision.variances()))
+        try:
+            sd, lost = np.asarray(jnp.sqrt(self.precision.variances())), ""
+        except ValueError as error:  # a structure that has no diagonal of the inverse, say
+            sd, lost = np.full(self.d, np.nan), f"<p>No standard deviations: {escape(str(error))}</p>"
         rows = [("parameter", "mean", "standard deviation", "95 % interval")]
         for k in range(min(self.d, 30)):
             low, high = mean[k] - 1.96 * sd[k], mean[k] + 1.96 * sd[k]
-            rows.append((names[k], f"{mean[k]:.4g}", f"{sd[k]:.3g}", f"{low:.4g} to {high:.4g}"))
+            width = ("", "") if lost else (f"{sd[k]:.3g}", f"{low:.4g} to {high:.4g}")
+            rows.append((names[k], f"{mean[k]:.4g}", *width))
         body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
         more = f"<p>and {self.d - 30} more</p>" if self.d > 30 else ""
-        return f"<table>{body}</table>{more}<p>{escape(self._words())}</p>"
+        return f"<table>{body}</table>{more}{lost}<p>{escape(self._words())}</p>"
 
     def _words(self) -> str:
         kind = type(self.curvature).__name__

@@ -73,20 +73,20 @@ class Precision(eqx.Module):
         return self.n * (self.F @ V) + (self.prior if self.prior.ndim == 0 else self.prior[:, None]) * V
 
     def _solve(self, V: jax.Array) -> jax.Array:
-        return _in_words(lambda: self.F.solve(V, self.damping) / self.n)
+        return in_words(self.dtype, lambda: self.F.solve(V, self.damping) / self.n)
 
     def logdet(self) -> jax.Array:
         """log det of the precision, a scalar."""
-        return _in_words(lambda: self.F.logdet(self.damping) + self.d * jnp.log(self.n))
+        return in_words(self.dtype, lambda: self.F.logdet(self.damping) + self.d * jnp.log(self.n))
 
     def draws(self, key: jax.Array, count: int) -> jax.Array:
         """[count, d] from N(0, covariance)."""
-        return _in_words(lambda: self.F.sample(key, (count,), self.damping) / jnp.sqrt(self.n))
+        return in_words(self.dtype, lambda: self.F.sample(key, (count,), self.damping) / jnp.sqrt(self.n))
 
     def variances(self) -> jax.Array:
         """The diagonal [d] of the covariance."""
         if isinstance(self.F, Fisher):
-            return _in_words(lambda: self.F.inverse_diagonal(self.damping) / self.n)
+            return in_words(self.dtype, lambda: self.F.inverse_diagonal(self.damping) / self.n)
         return jnp.diagonal(self._solve(jnp.eye(self.d, dtype=self.dtype)))
 
     def covariance(self) -> jax.Array:
@@ -220,12 +220,14 @@ def _accurate(M: jax.Array, L: jax.Array) -> jax.Array:
     return require(error < limit, L, message)
 
 
-def _in_words(call: Callable[[], Any]) -> Any:
+def in_words(dtype: Any, call: Callable[[], Any]) -> Any:
     """The answer of an operator whose errors speak of damping, which here is the prior."""
     try:
         return call()
     except ValueError as error:
         text = str(error)
+        if "singular" in text and dtype == jnp.float32:
+            text += f", or compute in float64 ({FLOAT64})"
         for old, new in (
             ("F + damping", "n F + prior"),
             ("pass damping > 0", "pass a prior_precision > 0"),

@@ -7,6 +7,7 @@ import importlib
 import json
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -55,10 +56,10 @@ def load_posterior(path: Any, model: Model, theta: Any = None) -> Any:
     Derived in the chapter "Laplace posteriors". Source: the format of arrays is that of `numpy.savez`.
     """
     try:
-        with np.load(Path(path), allow_pickle=False) as file:
+        with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             header = json.loads(str(file["header"]))
             arrays = [file[f"a{k}"] for k in range(len(file.files) - 1)]
-    except (KeyError, ValueError, EOFError) as error:
+    except (KeyError, ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} holds no posterior that this package has saved") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{path} holds no posterior that this package has saved")

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
-from ..compilation import checks_apart, compile_once
+from ..compilation import checks_apart, compile_once, split_arrays
 from ..model import is_traced
 from .fit import AWAY
 from .posterior import LaplacePosterior
@@ -64,6 +64,7 @@ def tune_prior(
     x: Any = None,
     per_leaf: bool = False,
     method: str | None = None,
+    key: Any = None,
     bounds: tuple[float, float] = BOUNDS,
 ) -> TunedPrior:
     r"""Choose the precision of the prior by the evidence, or by the log-likelihood of data held out.
@@ -79,13 +80,15 @@ def tune_prior(
         y: observations held out, and x their inputs; without them the evidence decides.
         per_leaf: one precision for each leaf of theta instead of one for all; by evidence only.
         method: of the predictive, for data held out.
+        key: for a method that draws, the same draws under every prior.
         bounds: the range of precisions that is searched, in 1/u^2.
 
     Returns:
         A `TunedPrior`: the posterior under the chosen prior, the precision, and a report.
 
     Raises:
-        ValueError: the bounds are not positive and ordered; `per_leaf` with data held out.
+        ValueError: the bounds are not positive and ordered; `per_leaf` with data held out; a method that draws, without
+            a key.
 
     Example:
         >>> import numpyro.distributions as dist
@@ -125,7 +128,7 @@ def tune_prior(
         eps = float(jnp.finfo(posterior.flat.dtype).eps)
         best, converged = _uphill(evidence, note, begin, ends, max(1e-8, 1e4 * eps))
     else:
-        score = lambda logs: _held_out(posterior, unpack(logs), jnp.asarray(y), x, method)
+        score = lambda logs: _held_out(posterior, unpack(logs), jnp.asarray(y), x, method, key)
         best, converged = _over_grid(score, note, ends)
     precision = jax.tree.map(float, unpack(best))
     chosen = posterior.with_prior(precision)
@@ -149,12 +152,12 @@ def _evidence(
     posterior: LaplacePosterior, unpack: Callable[[Any], Any], begin: np.ndarray
 ) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
     """The evidence at the quadratic's mode and its gradient, by one program for all posteriors of these shapes."""
-    leaves, form = jax.tree.flatten(posterior)
+    leaves, whole = split_arrays(posterior)
     typed = lambda logs: jnp.asarray(logs, posterior.flat.dtype)
 
     def evidence(logs: jax.Array, *leaves: Any) -> tuple[jax.Array, jax.Array]:
         with checks_apart() as checks:
-            other = jax.tree.unflatten(form, leaves).with_prior(unpack(logs))
+            other = whole(leaves).with_prior(unpack(logs))
             value = other.log_marginal_likelihood() + other.gain()
         return value, jnp.all(jnp.stack([jnp.isfinite(value), *checks]))
 
@@ -209,13 +212,13 @@ def _uphill(
         return found.x, bool(np.all(inside)) and (found.success or bool(np.abs(found.jac).max() < max(slope, 1e-4)))
 
 
-def _held_out(posterior: LaplacePosterior, prior: Any, y: jax.Array, x: Any, method: str | None) -> float:
+def _held_out(posterior: LaplacePosterior, prior: Any, y: jax.Array, x: Any, method: str | None, key: Any) -> float:
     """The mean held-out log-likelihood; minus infinity for a prior too weak for n F + prior to be factorised."""
     try:
         other = posterior.with_prior(prior)
     except ValueError:
         return -np.inf
-    return float(jnp.mean(other.predictive(x, method=method).log_prob(y)))
+    return float(jnp.mean(other.predictive(x, method=method, key=key).log_prob(y)))
 
 
 def _over_grid(
@@ -227,7 +230,9 @@ def _over_grid(
     values = [loss(log) for log in grid]
     possible = np.flatnonzero(np.isfinite(values))
     if not len(possible):
-        raise ValueError("no prior within the bounds has a finite held-out log-likelihood: pass other bounds, or float64")
+        raise ValueError(
+            "no prior within the bounds has a finite held-out log-likelihood: pass other bounds, or float64"
+        )
     k, first, last = int(np.argmin(values)), possible[0], possible[-1]
     between = (grid[max(k - 1, first)], grid[min(k + 1, last)])
     found = scipy.optimize.minimize_scalar(loss, bounds=between, method="bounded", options={"xatol": CLOSE})

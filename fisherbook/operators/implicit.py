@@ -192,7 +192,7 @@ class ImplicitFisher(Fisher):
         return jax.vmap(solve, 1, 1)(V)
 
     def _thin(self, damping: jax.Array) -> Thin:
-        return Thin.of(self._columns(), damping, "damping must be positive")
+        return Thin.of(self._columns(), damping)
 
     def _factor(self, damping: jax.Array) -> jax.Array:
         if self.d > LARGEST:

@@ -13,9 +13,9 @@ from jax.flatten_util import ravel_pytree
 from ..batches import Batches
 from ..compilation import run
 from ..law import Exact, Law
-from ..model import Model
+from ..model import Model, require
 from ..root import CAP, Root, dense_rows, linearize, make_root, over_blocks, residuals, row_shape, transpose
-from .base import Fisher
+from .base import Fisher, condition
 from .dense import law_name
 from .diagonal import squared_norm
 from .factor import cholesky
@@ -34,7 +34,7 @@ class LowRankFisher(Fisher):
 
     vectors: jax.Array  # [d, k]
     values: jax.Array  # [k], from the largest down
-    discarded: jax.Array
+    left_out: jax.Array  # the trace, without the scale
 
     def _multiply(self, V: jax.Array) -> jax.Array:
         return self.vectors @ (self.values[:, None] * (self.vectors.T @ V))
@@ -47,15 +47,25 @@ class LowRankFisher(Fisher):
         return self.scale * self.values
 
     @property
+    def discarded(self) -> jax.Array:
+        """The trace that is left out, a scalar."""
+        return self.scale * self.left_out
+
+    @property
     def _full(self) -> bool:
         return self.vectors.shape[1] == self.d
 
     def _thin(self, damping: jax.Array) -> Thin:
+        if damping.ndim == 0:  # in these units the columns are orthonormal as they are
+            return Thin(jnp.sqrt(damping), self.vectors, self.values / damping, self.d)
+        return Thin.of(self.vectors * jnp.sqrt(self.values), damping)
+
+    def _positive(self, damping: jax.Array) -> jax.Array:
         k = self.vectors.shape[1]
         hint = (
             f"a Fisher information of rank {k} is singular in {self.d} parameters: pass damping > 0, or a higher rank="
         )
-        return Thin.of(self.vectors * jnp.sqrt(self.values), damping, hint)
+        return require(jnp.all(damping > 0), damping, hint)
 
     def _dense(self, damping: jax.Array) -> jax.Array:
         M = self._multiply(jnp.eye(self.d, dtype=self.dtype))
@@ -64,31 +74,35 @@ class LowRankFisher(Fisher):
     def _solve(self, V: jax.Array, damping: jax.Array) -> jax.Array:
         if self._full:
             return jax.scipy.linalg.cho_solve((self._dense(damping), True), V)
-        return self._thin(damping).solve(V)
+        return self._thin(self._positive(damping)).solve(V)
 
     def _inverse_diagonal(self, damping: jax.Array) -> jax.Array:
         if self._full:
             return super()._inverse_diagonal(damping)
-        return run(lambda F, damping: F._thin(damping).inverse_diagonal(), self, damping)
+        return run(lambda F, damping: F._thin(damping).inverse_diagonal(), self, self._positive(damping))
 
     def _logdet(self, damping: jax.Array) -> jax.Array:
         if self._full:
             return 2 * jnp.sum(jnp.log(jnp.diagonal(self._dense(damping))))
-        return self._thin(damping).logdet()
+        return self._thin(self._positive(damping)).logdet()
 
     def _inverse_root(self, white: jax.Array, damping: jax.Array) -> jax.Array:
         if self._full:
             return jax.scipy.linalg.solve_triangular(self._dense(damping), white, lower=True, trans=1)
-        return self._thin(damping).inverse_root(white)
+        return self._thin(self._positive(damping)).inverse_root(white)
 
     def _numbers(self) -> list[tuple[str, str]]:
-        left_out = float(self.discarded / (self.discarded + jnp.sum(self.values)))
-        spread = f"{float(self.values[0]):.3g} to {float(self.values[-1]):.3g}"
+        left_out = float(self.left_out / (self.left_out + jnp.sum(self.values)))
+        largest = self.eigenvalues()
+        spread = f"{float(largest[0]):.3g} to {float(largest[-1]):.3g}"
         return [
             *super()._numbers(),
             ("rank", f"{len(self.values)}, eigenvalues {spread}"),
             ("trace left out", f"{left_out:.3g} of it"),
         ]
+
+    def _condition(self) -> str:
+        return condition(self.values, self.d)
 
 
 def low_rank_fisher(
@@ -101,9 +115,9 @@ def low_rank_fisher(
 ) -> LowRankFisher:
     r"""Compute the leading eigenvectors of the Fisher information from its root, without forming it.
 
-    Where there are fewer rows than parameters it is exact: the eigenvectors of the Gram matrix :math:`R R^\top`, pulled
-    back. Otherwise a randomised range finder with two rounds of power iteration; its error is of the order of the
-    eigenvalue after the last one kept, and `discarded` is the trace that is left out, exactly.
+    Where R has at most d rows and 2^26 entries it is exact: R is formed, and its singular vectors are taken. Otherwise
+    (more rows, a larger R, or `Batches`) a randomised range finder with two rounds of power iteration; its error is of
+    the order of the eigenvalue after the last one kept. `discarded` is the trace that is left out, exactly.
 
     Args:
         model: `model(theta)` or `model(theta, x)`, a distribution.
@@ -138,8 +152,8 @@ def low_rank_fisher(
         take = _from_gram if rows <= root.d and rows * root.d <= CAP else _from_products
         values, vectors, trace = run(lambda r: take(r, k, min(small, k + OVERSAMPLING)), root)
         checked = root.theta
-    discarded = jnp.maximum(trace - jnp.sum(values), 0)
-    return LowRankFisher(checked, unit(x, values), law_name(law), vectors, values, discarded)
+    left_out = jnp.maximum(trace - jnp.sum(values), 0)
+    return LowRankFisher(checked, unit(x, values), law_name(law), vectors, values, left_out)
 
 
 def _streamed(model: Model, theta: Any, x: Batches, law: Law, rank: int) -> tuple[Any, ...]:

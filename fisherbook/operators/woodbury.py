@@ -7,8 +7,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..model import require
-
 
 class Thin(NamedTuple):
     """D^{1/2} (I + P diag(t^2) P^T) D^{1/2} with orthonormal columns P [d, k] and t [k]."""
@@ -19,9 +17,8 @@ class Thin(NamedTuple):
     d: int
 
     @staticmethod
-    def of(A: jax.Array, damping: jax.Array, hint: str) -> Thin:
-        """From A [d, k] and damping > 0, a scalar or [d]."""
-        damping = require(jnp.all(damping > 0), damping, hint)
+    def of(A: jax.Array, damping: jax.Array) -> Thin:
+        """From A [d, k] and damping, a scalar or [d], which the caller has seen to be positive."""
         root = jnp.sqrt(damping)
         scaled = A / jnp.reshape(root, (-1, 1))
         if A.shape[1] <= A.shape[0]:
@@ -34,20 +31,31 @@ class Thin(NamedTuple):
     def _divide(self, V: jax.Array) -> jax.Array:
         return V / jnp.reshape(self.root, (-1, 1))
 
-    def _spread(self, V: jax.Array, change: jax.Array) -> jax.Array:
-        """(I + P diag(change) P^T) V."""
-        return V + self.P @ (change[:, None] * (self.P.T @ V))
+    def _within(self, V: jax.Array, values: jax.Array) -> jax.Array:
+        """What P diag(values) P^T + (I - P P^T) makes of V.
+
+        Projected twice, as I - P diag(t^2 / (1 + t^2)) P^T would lose what little is left where t is large.
+        """
+        rest = V - self.P @ (self.P.T @ V)
+        rest = rest - self.P @ (self.P.T @ rest)
+        return rest + self.P @ (values[:, None] * (self.P.T @ V))
 
     def solve(self, V: jax.Array) -> jax.Array:
-        return self._divide(self._spread(self._divide(V), -self.t2 / (1 + self.t2)))
+        return self._divide(self._within(self._divide(V), 1 / (1 + self.t2)))
 
     def inverse_diagonal(self) -> jax.Array:
-        return (1 - self.P**2 @ (self.t2 / (1 + self.t2))) / self.root**2
+        inside = jnp.sum(self.P**2, 1)
+        outside = 1 - inside
+        # all but k of these are far from 1, and of those few what is left is found by projecting their unit vectors
+        few = jax.lax.top_k(inside, min(self.d, self.P.shape[1] + 1))[1]
+        unit = jnp.zeros((self.d, len(few)), inside.dtype).at[few, jnp.arange(len(few))].set(1)
+        left = jnp.sum(self._within(unit, jnp.zeros_like(self.t2)) ** 2, 0)
+        outside = jnp.maximum(outside.at[few].set(left), 0)
+        return (outside + self.P**2 @ (1 / (1 + self.t2))) / self.root**2
 
     def logdet(self) -> jax.Array:
         return jnp.sum(jnp.log1p(self.t2)) + 2 * self.d / self.root.size * jnp.sum(jnp.log(self.root))
 
     def inverse_root(self, white: jax.Array) -> jax.Array:
         """A root of the inverse times white noise."""
-        change = -self.t2 / (jnp.sqrt(1 + self.t2) * (1 + jnp.sqrt(1 + self.t2)))  # 1/sqrt(1 + t^2) - 1
-        return self._divide(self._spread(white, change))
+        return self._divide(self._within(white, 1 / jnp.sqrt(1 + self.t2)))
