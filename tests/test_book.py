@@ -28,7 +28,7 @@ SECTIONS = [
 SETUP = """import sys
 
 if "google.colab" in sys.modules:
-    %pip install --quiet "fisherbook[plot]=={version}" scikit-learn statsmodels"""
+    %pip install --quiet "fisherbook[{extras}]=={version}" scikit-learn statsmodels"""
 DOWNLOADS = re.compile(r"urllib|requests\.|fetch_\w+\(|get_rdataset|https?://")
 TIMINGS = re.compile(r"%%?time|perf_counter|timeit|time\.time\(")
 ADDRESS_OF_OBJECT = re.compile(r"0x[0-9a-f]{6,}")
@@ -159,7 +159,8 @@ def test_setup_cell(path):
     first = read(path).cells[0]
     assert first.cell_type == "code"
     assert {"setup", "remove-cell"} <= set(first.metadata.get("tags", []))
-    assert first.source == SETUP.format(version=fisherbook.__version__)
+    extras = "plot,arviz" if any("diagnose(" in cell.source for cell in code_cells(read(path))) else "plot"
+    assert first.source == SETUP.format(extras=extras, version=fisherbook.__version__)
 
 
 @each_notebook
