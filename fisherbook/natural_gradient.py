@@ -20,7 +20,7 @@ Number = Any  # a number, or a schedule: a function of the step count
 
 
 class NaturalGradientState(NamedTuple):
-    """What a run needs to go on: arrays only, so that it can be saved and restored."""
+    """What a run needs to go on: arrays that NumPy can save, random keys among them as integers."""
 
     count: jax.Array  # steps so far
     damping: jax.Array  # of the next step, where it adapts
@@ -53,12 +53,18 @@ def natural_gradient(
     for an unconditional model), y its observations where `law=Data`, key where the law is a function of it, and
     `value_fn(params)` the loss of the batch where damping adapts.
 
+    The updates carry the sign of descent and are added as they are, so in `optax.chain` a weight decay w that is part
+    of the loss, `optax.add_decayed_weights(w)`, comes before this transformation, and decoupled decay behind it with a
+    minus, `optax.add_decayed_weights(-learning_rate * w)`.
+
     Args:
         model: `model(theta)` or `model(theta, x)`, a distribution.
         learning_rate: a number or a schedule; 1 is the full natural-gradient step.
         curvature: `dense_fisher`, `diagonal_fisher`, `kronecker_fisher`, `low_rank_fisher`, `implicit_fisher`, or any
-            function of their signature that returns an operator with `solve` and `@`. With `dense_fisher` and fewer
-            rows than parameters the same step is computed in the space of the rows.
+            function of their signature that returns an operator with `shape`, `solve` and `@`; one that the state holds
+            is a pytree, and has `average(newer, weight)` where `averaging` is above 0. With `dense_fisher` and fewer
+            rows than parameters F is not formed: the same step is computed in the space of the rows, or, above 8192
+            rows, by conjugate gradients to a relative residual of 1e-8.
         law: a law; a function from the step's key to one, `lambda key: MonteCarlo(key, 1)`; or `Data` itself, for the
             empirical Fisher of each batch.
         damping: a number, a schedule, a pytree with one number per leaf, or `LevenbergMarquardt(...)`; the unit of F.
@@ -102,7 +108,7 @@ def natural_gradient(
         d = ravel_pytree(params)[0].size
         if tuple(getattr(F, "shape", ())) != (d, d):
             raise ValueError(f"curvature has shape {getattr(F, 'shape', None)} but the parameters are {d} scalars")
-        return F
+        return _storable(F, averaging) if holds else F
 
     def init(params: Any) -> NaturalGradientState:
         dtype = ravel_pytree(params)[0].dtype
@@ -150,7 +156,7 @@ def natural_gradient(
             raise ValueError("LevenbergMarquardt compares losses: pass value_fn=, a function of params, to update")
         grads = _finite(_like(updates, params))
         F = refresh(state, params, x, y, key)
-        level = state.damping if adaptive else _at(damping, state.count)
+        level = state.damping if adaptive else _level(damping, params, state.count)
         direction = F.solve(grads, level)
         if momentum > 0:
             direction = jax.tree.map(lambda m, v: momentum * m + v, state.momentum, direction)
@@ -215,6 +221,27 @@ def _pick(curvature: Callable[..., Any], holds: bool) -> Callable[..., Any]:
     return choose
 
 
+def _storable(F: Any, averaging: float) -> Any:
+    """The operator for the state, with its random keys as the integers that NumPy can save."""
+    name = type(F).__name__
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(F)):
+        raise TypeError(
+            f"the state holds the curvature (every above 1, or averaging), so {name} must be a pytree: make it an "
+            "equinox.Module, or register it with jax.tree_util"
+        )
+    if averaging > 0 and not callable(getattr(F, "average", None)):
+        raise TypeError(f"{name} has no average(newer, weight), which averaging needs: write it, or pass averaging=0.0")
+    default = jax.random.key_impl(jax.random.key(0))
+
+    def raw(leaf: Any) -> Any:  # two integers are read as a key of the default kind, any others are not
+        if not jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key) or jax.random.key_impl(leaf) != default:
+            return leaf
+        data = jax.random.key_data(leaf)
+        return data if data.shape == (2,) else leaf
+
+    return jax.tree.map(raw, F)
+
+
 def _outcomes_like(model: Model, params: Any, x: Any) -> Any:
     whole = model(params) if x is None else model(params, x)
     return whole.sample(jax.random.key(0), (1,) if x is None else ())
@@ -244,6 +271,11 @@ def _finite(grads: Any) -> Any:
 
 def _at(value: Any, count: jax.Array) -> Any:
     return value(count) if callable(value) else value
+
+
+def _level(damping: Any, params: Any, count: jax.Array) -> Any:
+    """Damping of this step; one per leaf has the type of the parameters, which may be callable (an equinox module)."""
+    return damping if isinstance(damping, type(params)) else _at(damping, count)
 
 
 def _scaled(tree: Any, c: Any) -> Any:

@@ -26,7 +26,6 @@ from .model import Conditional, Model, call, flatten, is_traced, out_of_domain, 
 from .part import Part, PartOfModel
 
 CAP = 2**26  # scalars that may be held at once
-BLOCK = 2**21  # of them, for one block of inputs: small enough to stay near the processor
 
 Map = Callable[[Any], Any]
 
@@ -270,28 +269,3 @@ def residuals(root: Root) -> int:
     """Scalars that a linearised R holds."""
     kept = jax.eval_shape(lambda r: jax.tree.leaves(linear_map(r)), root)
     return sum(leaf.size for leaf in kept)
-
-
-def over_blocks(root: Root, function: Callable[[Root], Any], scalars: int, sums: int = 0) -> Any:
-    """Sum `function` over blocks of rows such that a block of them holds about `BLOCK` of the `scalars` that all need.
-
-    Where the result has many entries, `sums`, a block holds two thirds as many, so that adding up costs little. With
-    several devices it holds about `CAP`: a block would be cut across the devices that hold the rows.
-    """
-    n = root.n
-    held = min(max(BLOCK, 2 * sums // 3), CAP) if jax.device_count() == 1 else CAP
-    count = min(n, -(-scalars // held))
-    if count <= 1:
-        return function(root)
-    length = -(-n // count)
-    starts = np.minimum(np.arange(0, n, length), n - length)
-    skip = np.arange(0, n, length) - starts  # the last block overlaps the one before: those rows weigh nothing
-
-    def block(at: jax.Array) -> Any:
-        start, overlap = at
-        rows = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(jnp.asarray(a), start, length), root.rows)
-        return function(replace(root, rows=rows._replace(weight=rows.weight * (np.arange(length) >= overlap))))
-
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(block, (0, 0)))
-    add = lambda total, at: (jax.tree.map(jnp.add, total, block(at)), None)
-    return jax.lax.scan(add, zero, (jnp.asarray(starts), jnp.asarray(skip)))[0]

@@ -7,6 +7,7 @@ import numpyro.distributions as dist
 import pytest
 
 import fisherbook as fb
+from fisherbook.families import find_family
 
 KEYS = jax.random.split(jax.random.key(0), 5)
 THETA = {"W": jax.random.normal(KEYS[0], (3, 4)), "b": jnp.ones(4), "V": jax.random.normal(KEYS[1], (4, 3))}
@@ -19,8 +20,12 @@ def model(t, x):
     return dist.Categorical(logits=jnp.tanh(x @ t["W"] + t["b"]) @ t["V"])
 
 
-def student(t, x):  # its law is integrated, not looked up
-    return dist.StudentT(5.0, x @ t, 1.0)
+def direction(t, x):  # its law is integrated, not looked up
+    return dist.VonMises(x @ t, 1.0)
+
+
+def grade(t, x):  # and this one's outcomes are summed
+    return dist.OrderedLogistic(x @ t, jnp.array([-1.0, 0.5, 1.0]))
 
 
 LAWS = {
@@ -55,9 +60,12 @@ def test_corrected_eigenvalues_low_rank_and_quadrature():
     np.testing.assert_allclose(parts.eigenvalues(), whole.eigenvalues(), rtol=1e-6)
     np.testing.assert_allclose(parts.discarded, whole.discarded, rtol=1e-4)
     t = jnp.array([0.5, -0.2, 0.1])
-    np.testing.assert_allclose(
-        fb.dense_fisher(student, t, batches).as_matrix(), fb.score_covariance(student, t, X), rtol=1e-10, atol=1e-13
-    )
+    for law in (direction, grade):
+        assert find_family(law(t, X)) is None
+        M = fb.score_covariance(law, t, X)
+        np.testing.assert_allclose(fb.dense_fisher(law, t, batches).as_matrix(), M, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(fb.diagonal_fisher(grade, t, batches).diagonal(), jnp.diag(M), rtol=1e-10)
+    np.testing.assert_allclose(fb.implicit_fisher(grade, t, batches) @ t, M @ t, rtol=1e-10)
 
 
 def test_a_loader_of_pairs_and_a_function():

@@ -22,7 +22,8 @@ x = np.asarray(jax.random.normal(keys[2], (64, 3)))
 v = jax.random.normal(keys[3], (40,))
 model = lambda t, x: dist.Categorical(logits=jnp.tanh(x @ t["W"] + t["b"]) @ t["V"])
 builds = (fb.dense_fisher, fb.diagonal_fisher, fb.kronecker_fisher, fb.implicit_fisher, fb.low_rank_fisher)
-laws = (fb.Exact(), fb.MonteCarlo(jax.random.key(1), 2))
+labels = np.arange(64) % 4
+laws = (fb.Exact(), fb.MonteCarlo(jax.random.key(1), 2), fb.Data(labels))
 """
 
 EIGHT = """
@@ -37,6 +38,32 @@ for law in laws:
 for device in (jax.devices()[3], jax.devices()[5]):  # one program text, another device
     at = fb.dense_fisher(model, jax.device_put(theta, device), jax.device_put(x, device)).as_matrix()
     assert at.devices() == {device}
+np.testing.assert_allclose(
+    fb.observed_information(model, theta, spread, law=fb.Data(labels)) @ v,
+    fb.observed_information(model, theta, jnp.asarray(x), law=fb.Data(labels)) @ v, atol=1e-12)
+for build in builds[:4]:
+    here, there = build(model, theta, jnp.asarray(x)), build(model, theta, spread)
+    np.testing.assert_allclose(there.solve(v, 0.1), here.solve(v, 0.1), atol=1e-9)
+    np.testing.assert_allclose(there.logdet(0.1), here.logdet(0.1), atol=1e-10)
+
+calls = {
+    "dense": lambda t, x: fb.dense_fisher(model, t, x).as_matrix(),
+    "empirical": lambda t, x: fb.dense_fisher(model, t, x, law=fb.Data(labels)).as_matrix(),
+    "diagonal": lambda t, x: fb.diagonal_fisher(model, t, x).diagonal(),
+    "Kronecker": lambda t, x: fb.kronecker_fisher(model, t, x) @ v,
+    "implicit": lambda t, x: fb.implicit_fisher(model, t, x) @ v,
+}
+from fisherbook.operators import row_blocks
+for cap in (row_blocks.CAP, 100):  # all rows at once; and blocks of them, of which each device has its share
+    row_blocks.CAP = cap
+    jax.clear_caches()
+    for name, call in calls.items():
+        program = jax.jit(call)
+        np.testing.assert_allclose(program(theta, spread), program(theta, x), atol=1e-12)
+        text = program.lower(theta, spread).compile().as_text()
+        assert "all-reduce" in text, name
+        assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute")), (name, cap)
+row_blocks.CAP = 2**26
 inside = jax.jit(lambda t, x: fb.dense_fisher(model, t, x).as_matrix())
 np.testing.assert_allclose(inside(theta, spread), fb.dense_fisher(model, theta, x).as_matrix(), atol=1e-12)
 text = inside.lower(theta, spread).compile().as_text()

@@ -53,10 +53,12 @@ TIED = {"W": normal(22, 3, 4), "b": normal(23, 3)}
 module = eqx.nn.MLP(3, 4, 5, 2, key=KEY)
 ARRAYS, STATIC = eqx.partition(module, eqx.is_inexact_array)
 
+CUTS = jnp.array([-1.0, 0.5, 1.0])
 logits = lambda net: lambda t, x: dist.Categorical(logits=net(t, x))
 CASES = {
     "MLP": (logits(mlp), MLP, X),
-    "outputs without a family": (lambda t, x: dist.StudentT(5.0, mlp(t, x)[:, 0], 1.0), MLP, X),
+    "outcomes by quadrature": (lambda t, x: dist.VonMises(mlp(t, x)[:, 0], 1.0), MLP, X),
+    "outcomes by enumeration": (lambda t, x: dist.OrderedLogistic(mlp(t, x)[:, 0], CUTS), MLP, X),
     "convolution": (logits(convolution), CONVOLUTION, normal(30, 4, 6, 6, 2)),
     "shared weight, LayerNorm": (logits(shared), SHARED, normal(31, 5, 4, 3)),
     "embedding": (logits(words), WORDS, jax.random.randint(KEY, (9, 3), 0, 6)),
@@ -82,6 +84,9 @@ def test_same_as_rows(name, law):
     root = make_root(model, theta, x, law=law)
     R = np.asarray(jax.jit(dense_rows)(root)).reshape(-1, root.d)
     F, size = R.T @ R, np.abs(R.T @ R).max()
+    assert (root.varying is None) == (name.startswith("outcomes") or law != fb.Exact())
+    if root.varying is None:
+        np.testing.assert_allclose(F, fb.score_covariance(model, theta, x, law=law), atol=1e-12 * size)
     layers = layered.layers_of(root)
     assert layers is not None
     assert layered.shared(layers) == (name == "tied")
@@ -246,7 +251,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
         model, theta, x = CASES[name]
         dense, kron = dense_fisher(model, theta, x), kronecker_fisher(model, theta, x, corrected=True)
         with monkeypatch.context() as patch:
-            patch.setattr("fisherbook.root.BLOCK", 500)
+            patch.setattr("fisherbook.operators.row_blocks.BLOCK", 500)
             patch.setattr("fisherbook.root.CAP", 500)
             np.testing.assert_allclose(dense_fisher(model, theta, x).as_matrix(), dense.as_matrix(), atol=1e-13)
             blocks = kronecker_fisher(model, theta, x, corrected=True)

@@ -15,6 +15,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from fisherbook.layers import find_layers, jacobian_of, leaf_sizes, linear_layers
+from fisherbook.operators import dense_fisher, kronecker_fisher
 
 jax.config.update("jax_enable_x64", True)
 
@@ -375,6 +376,36 @@ def test_flax():
     layers = check(function, state, (normal(1, 4, 5, 2), jnp.array([3])), rtol=1e-5)  # flax computes in float32
     assert sorted(kinds(layers)) == ["convolution", "dense", "embedding", "scale", "shift"]
     assert layers.everything, layers
+
+
+def test_fisher_of_flax():
+    """The same network, its weights in an nnx state and in a dict: matrices, and blocks of layers."""
+    nnx = pytest.importorskip("flax.nnx")
+
+    class FlaxNet(nnx.Module):
+        def __init__(self, rngs):
+            as_is = dict(rngs=rngs, dtype=jnp.float64, param_dtype=jnp.float64)
+            self.first, self.last = nnx.Linear(3, 4, **as_is), nnx.Linear(4, 2, **as_is)
+
+        def __call__(self, x):
+            return self.last(nnx.silu(self.first(x)))
+
+    definition, state = nnx.split(FlaxNet(nnx.Rngs(0)), nnx.Param)
+    in_flax = lambda t, x: dist.Categorical(logits=nnx.merge(definition, t)(x))
+    layer = lambda t, x: x @ t["kernel"] + t["bias"]
+    plain = lambda t, x: dist.Categorical(logits=layer(t["last"], jax.nn.silu(layer(t["first"], x))))
+    theta, x = nnx.to_pure_dict(state), normal(9, 3)
+    for build in (dense_fisher, kronecker_fisher):
+        found, expected = build(in_flax, state, x), build(plain, theta, x)
+        np.testing.assert_allclose(found.as_matrix(), expected.as_matrix(), rtol=1e-12, atol=1e-15)
+        product = nnx.to_pure_dict(found @ state)
+        assert jax.tree.structure(product) == jax.tree.structure(theta)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), product, expected @ theta)
+    K, M = kronecker_fisher(in_flax, state, x[:1]), dense_fisher(in_flax, state, x[:1]).as_matrix()
+    assert len(K.blocks) == 2
+    for block in K.blocks:  # exact for one input
+        at = np.ix_(block.index.at, block.index.at)
+        np.testing.assert_allclose(K.as_matrix()[at], M[at], atol=1e-14)
 
 
 # --- transformations, precision, cost ----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 import fisherbook as fb
 from fisherbook.natural_gradient import LevenbergMarquardt, natural_gradient
+from fisherbook.natural_gradient import _pick as choose
 from fisherbook.operators import dense_fisher, diagonal_fisher, implicit_fisher, kronecker_fisher, low_rank_fisher
 
 X = jax.random.normal(jax.random.key(0), (40, 3))
@@ -135,13 +137,25 @@ def test_curvature_is_refreshed_and_averaged():
         np.testing.assert_allclose(path[i], theta, rtol=1e-10)
 
 
-def test_row_space_is_the_same_step():
+def test_row_space_is_the_same_step(monkeypatch):
+    """It is picked where there are fewer rows than parameters, and only there; above `LARGEST` rows by products."""
     few = X[:2]
+    picked = lambda x, curvature=dense_fisher, holds=False: type(
+        choose(curvature, holds)(poisson, jnp.zeros(3), x, law=fb.Exact())
+    )
+    assert picked(few) is fb.operators.ImplicitFisher
+    assert picked(X[:3]) is picked(X) is picked(few, holds=True) is fb.operators.DenseFisher
+    assert picked(few, diagonal_fisher) is fb.operators.DiagonalFisher
+    assert picked(fb.Batches([few])) is fb.operators.DenseFisher
     small = lambda t: -poisson(t, few).log_prob(Y[:2]).mean()
     F = fb.score_covariance(poisson, jnp.zeros(3), few)
     expected = -jnp.linalg.solve(F + 0.01 * jnp.eye(3), jax.grad(small)(jnp.zeros(3)))
     path, _, _ = run(natural_gradient(poisson, damping=0.01), jnp.zeros(3), 1, small, x=few)
     np.testing.assert_allclose(path[0], expected, rtol=1e-9)
+    monkeypatch.setattr("fisherbook.operators.implicit.LARGEST", 1)
+    assert picked(few) is fb.operators.ImplicitFisher
+    path, _, _ = run(natural_gradient(poisson, damping=0.01), jnp.zeros(3), 1, small, x=few)
+    np.testing.assert_allclose(path[0], expected, rtol=1e-6)  # the relative residual is 1e-8, F is 1e2 by damping
 
 
 def test_levenberg_marquardt():
@@ -171,18 +185,30 @@ def test_sampled_and_empirical_laws():
     )
 
 
-def test_chains_with_schedules_clips_and_decay():
-    schedule = optax.linear_schedule(1.0, 0.1, 10)
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_chains_with_schedules_clips_and_decay(decoupled):
+    """Decay before the transformation is that of a loss with (w / 2) |theta|^2, behind it theta shrinks by eta w."""
+    longest, w = 0.05, 0.3
+    rate, level = optax.linear_schedule(1.0, 0.1, 10), optax.exponential_decay(0.5, 1, 0.8)
+    before = [] if decoupled else [optax.add_decayed_weights(w)]
+    behind = [optax.add_decayed_weights(lambda count: -rate(count) * w)] if decoupled else []
     chain = optax.chain(
-        optax.clip_by_global_norm(10.0),
-        natural_gradient(poisson, schedule, damping=schedule),
-        optax.add_decayed_weights(0.0),
+        *before, optax.clip_by_global_norm(longest), natural_gradient(poisson, rate, damping=level), *behind
     )
-    theta, state = jnp.zeros(3), chain.init(jnp.zeros(3))
-    for _ in range(12):
+    theta = jnp.array([1.0, -2.0, 0.5])
+    state, by_hand, clipped = chain.init(theta), np.asarray(theta), []
+    for i in range(12):
         updates, state = chain.update(jax.grad(loss)(theta), state, theta, x=X)
         theta = optax.apply_updates(theta, updates)
-    assert jnp.abs(jax.grad(loss)(theta)).max() < 0.05
+        rates = np.exp(X @ by_hand)
+        g = X.T @ (rates - Y) / len(Y) + (0 if decoupled else w) * by_hand
+        clipped.append(np.linalg.norm(g) > longest)
+        g = g * min(1, longest / np.linalg.norm(g))
+        F = (X * rates[:, None]).T @ X / len(Y) + 0.5 * 0.8**i * np.eye(3)
+        eta = 1 - 0.9 * min(i, 10) / 10
+        by_hand = by_hand - eta * np.linalg.solve(F, g) - (eta * w if decoupled else 0) * by_hand
+        np.testing.assert_allclose(theta, by_hand, rtol=1e-6)  # optax's schedules compute in float32
+    assert any(clipped)
 
 
 @pytest.mark.parametrize(
@@ -297,8 +323,20 @@ HELD = dict(every=2, averaging=0.5, example=X[:1])
         dict(curvature=kronecker_fisher, damping=0.1, **HELD),
         dict(curvature=diagonal_fisher, damping=0.1, law=lambda key: fb.MonteCarlo(key, 2), **HELD),
         dict(curvature=low_rank_fisher, damping=0.1, every=2, example=X),
+        dict(curvature=implicit_fisher, damping=0.1, every=2, example=X),
+        dict(curvature=implicit_fisher, damping=0.1, every=2, example=X, law=lambda key: fb.MonteCarlo(key, 2)),
+        dict(curvature=implicit_fisher, damping=0.1, every=2, example=X, law=fb.MonteCarlo(jax.random.key(6), 2)),
     ],
-    ids=["adaptive", "adaptive, held", "Kronecker", "diagonal, drawn", "low rank"],
+    ids=[
+        "adaptive",
+        "adaptive, held",
+        "Kronecker",
+        "diagonal, drawn",
+        "low rank",
+        "implicit",
+        "implicit, drawn",
+        "implicit, one draw for all",
+    ],
 )
 def test_state_saved_to_a_file_resumes_in_a_new_optimiser(options, tmp_path):
     keys = jax.random.split(jax.random.key(5), 6)
@@ -319,6 +357,16 @@ def test_state_saved_to_a_file_resumes_in_a_new_optimiser(options, tmp_path):
     ends = go(optimiser, *middle, keys[3:]), go(new, *restored, keys[3:])
     for one, other in zip(*map(jax.tree.leaves, ends), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_integers_in_the_state_are_the_key_that_was_passed():
+    optimiser = natural_gradient(
+        poisson, curvature=implicit_fisher, law=lambda key: fb.MonteCarlo(key, 2), every=2, example=X
+    )
+    theta, key = jnp.zeros(3), jax.random.key(7)
+    _, state = optimiser.update(jax.grad(loss)(theta), optimiser.init(theta), theta, x=X, key=key)
+    expected = fb.score_covariance(poisson, theta, X, law=fb.MonteCarlo(key, 2))
+    np.testing.assert_allclose(state.curvature.as_matrix(), expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("jit", [False, True])
@@ -387,3 +435,108 @@ def test_inside_a_wrapper_of_optax_that_traces_by_itself():
     expected, _ = plain.update(g, plain.init(jnp.zeros(3)), jnp.zeros(3), x=X)
     found, _ = wrapped.update(g, wrapped.init(jnp.zeros(3)), jnp.zeros(3), x=X)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+MODULE, STATIC = eqx.partition(eqx.nn.MLP(3, 3, 4, 1, key=jax.random.key(8)), eqx.is_inexact_array)
+
+
+def module(theta, x):
+    return dist.Categorical(logits=jax.vmap(eqx.combine(theta, STATIC))(x))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("curvature", [dense_fisher, implicit_fisher])
+@pytest.mark.parametrize("name", ["dict", "equinox"])
+def test_damping_per_leaf(name, curvature, jit):
+    """Also where theta, and with it the damping, can be called as a schedule can."""
+    model, theta = (net, NET) if name == "dict" else (module, MODULE)
+    leaves, tree = jax.tree.flatten(theta)
+    levels = [0.05 * (k + 1) for k in range(len(leaves))]
+    optimiser = natural_gradient(model, 0.7, curvature=curvature, damping=jax.tree.unflatten(tree, levels))
+    grads = jax.grad(lambda t: -model(t, X).log_prob(CLASS).mean())(theta)
+    step = lambda g, t: optimiser.update(g, optimiser.init(t), t, x=X)[0]
+    updates = (jax.jit(step) if jit else step)(grads, theta)
+    assert jax.tree.structure(updates) == tree
+    F = np.asarray(fb.score_covariance(model, theta, X))
+    D = np.repeat(levels, [leaf.size for leaf in leaves])
+    flat = lambda t: jax.flatten_util.ravel_pytree(t)[0]
+    np.testing.assert_allclose(flat(updates), -0.7 * np.linalg.solve(F + np.diag(D), flat(grads)), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("damping", [eqx.nn.MLP(3, 3, 4, 1, key=jax.random.key(8)), lambda count: {"W": count}])
+def test_damping_of_another_structure_than_theta(damping):
+    with pytest.raises(ValueError, match="one number per leaf of theta"):
+        natural_gradient(module, damping=damping).update(MODULE, natural_gradient(module).init(MODULE), MODULE, x=X)
+
+
+def test_a_schedule_for_parameters_that_can_be_called():
+    level = optax.linear_schedule(0.5, 0.1, 4)
+    updates = [
+        natural_gradient(module, damping=d).update(MODULE, natural_gradient(module).init(MODULE), MODULE, x=X)[0]
+        for d in (level, 0.5)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), *updates)
+
+
+class Scaled:
+    """The least an operator of one's own must have: c I, with c the mean of x^2."""
+
+    def __init__(self, c, d):
+        self.c, self.shape = c, (d, d)
+
+    def __matmul__(self, v):
+        return jax.tree.map(lambda leaf: self.c * leaf, v)
+
+    def solve(self, v, damping=0.0):
+        return jax.tree.map(lambda leaf: leaf / (self.c + damping), v)
+
+
+@jax.tree_util.register_pytree_node_class
+class ScaledTree(Scaled):
+    def tree_flatten(self):
+        return (self.c,), self.shape[0]
+
+    @classmethod
+    def tree_unflatten(cls, d, children):
+        return cls(*children, d)
+
+
+class ScaledMean(ScaledTree):
+    def average(self, newer, weight):
+        return ScaledMean((1 - weight) * self.c + weight * newer.c, self.shape[0])
+
+
+jax.tree_util.register_pytree_node_class(ScaledMean)
+
+
+def scaled_by(kind):
+    return lambda model, theta, x=None, *, law: kind(jnp.mean(x**2), 3)
+
+
+def test_an_operator_of_ones_own():
+    g = jax.grad(loss)(jnp.zeros(3))
+    c, few = float(jnp.mean(X**2)), float(jnp.mean(X[:5] ** 2))
+    optimiser = natural_gradient(poisson, 0.5, curvature=scaled_by(Scaled), damping=0.1, trust_radius=1e-3)
+    updates, state = optimiser.update(g, optimiser.init(jnp.zeros(3)), jnp.zeros(3), x=X)
+    step = -0.5 * g / (c + 0.1)
+    shorten = min(1, np.sqrt(2e-3 / (c * step @ step)))
+    assert shorten < 1
+    np.testing.assert_allclose(updates, shorten * step, rtol=1e-12)
+    np.testing.assert_allclose(state.kl, 1e-3, rtol=1e-12)
+    for kind, options, expected in (
+        (ScaledTree, dict(every=2), [c, c]),
+        (ScaledMean, dict(averaging=0.25), [c, 0.25 * c + 0.75 * few]),
+    ):
+        optimiser = natural_gradient(poisson, curvature=scaled_by(kind), damping=0.1, example=X, **options)
+        state = optimiser.init(jnp.zeros(3))
+        for x, level in zip((X, X[:5]), expected, strict=True):
+            updates, state = jax.jit(optimiser.update)(g, state, jnp.zeros(3), x=x)
+            np.testing.assert_allclose(updates, -g / (level + 0.1), rtol=1e-12)
+
+
+def test_an_operator_of_ones_own_that_lacks_what_the_state_needs():
+    averaged = natural_gradient(poisson, curvature=scaled_by(ScaledTree), averaging=0.5, example=X)
+    with pytest.raises(TypeError, match=r"ScaledTree has no average\(newer, weight\), which averaging needs"):
+        averaged.init(jnp.zeros(3))
+    with pytest.raises(TypeError, match="Scaled must be a pytree"):
+        natural_gradient(poisson, curvature=scaled_by(Scaled), every=2, example=X).init(jnp.zeros(3))

@@ -1,5 +1,7 @@
 """One contract for every structure, against dense float64 linear algebra on the score covariance."""
 
+import logging
+import re
 from functools import partial
 
 import jax
@@ -9,6 +11,8 @@ import numpyro.distributions as dist
 import pytest
 
 import fisherbook as fb
+from fisherbook.compilation import SEEN
+from fisherbook.families import find_family
 from fisherbook.operators import dense_fisher, diagonal_fisher, implicit_fisher, kronecker_fisher, low_rank_fisher
 
 EXACT = {"dense": dense_fisher, "implicit": implicit_fisher, "low rank": partial(low_rank_fisher, rank=10_000)}
@@ -73,8 +77,14 @@ PROBLEMS = {
         weights(jax.random.key(2), (2, 4, 3)),
         inputs(1),
     ),
-    "by quadrature": (lambda t, x: dist.StudentT(5.0, x @ t, 1.5), jnp.array([0.5, -0.2]), inputs(6)),
+    "by quadrature": (lambda t, x: dist.VonMises(x @ t, 1.5), jnp.array([0.5, -0.2]), inputs(6)),
+    "by enumeration": (
+        lambda t, x: dist.OrderedLogistic(network(t["net"], x)[:, 0], jnp.cumsum(jnp.exp(t["cuts"]))),
+        {"cuts": jnp.array([-0.5, 0.2, -0.1]), "net": weights(jax.random.key(5), (2, 2, 1))},
+        inputs(30),
+    ),
 }
+WITHOUT_FAMILY = ["by quadrature", "by enumeration"]
 REGULAR = [name for name in PROBLEMS if "singular" not in name]
 KEY = jax.random.key(3)
 
@@ -109,6 +119,32 @@ def test_matrix(name, law):
     low = low_rank_fisher(model, theta, x, law=law, rank=2)
     np.testing.assert_allclose(low.eigenvalues(), values[: len(low.values)], atol=1e-7 * size)
     np.testing.assert_allclose(low.trace() + low.discarded, np.trace(F), rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_which_laws_have_no_closed_form(name):
+    """So that rows of outcomes, and not of a family's parameters, are among those tested here."""
+    model, theta, x = PROBLEMS[name]
+    whole = model(theta) if x is None else model(theta, x)
+    assert (find_family(whole) is None) == (name in WITHOUT_FAMILY)
+
+
+@pytest.mark.parametrize("name", WITHOUT_FAMILY)
+def test_products_and_solves_without_a_closed_form(name):
+    model, theta, x = PROBLEMS[name]
+    M = oracle(model, theta, x, fb.Exact())
+    v = np.linspace(-1.0, 1.0, len(M))
+    for structure, build in EXACT.items():
+        F = build(model, theta, x)
+        np.testing.assert_allclose(F @ v, M @ v, atol=1e-10 * np.abs(M).max(), err_msg=structure)
+        solved = np.linalg.solve(M + 0.1 * np.eye(len(M)), v)
+        np.testing.assert_allclose(F.solve(v, 0.1), solved, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(F.logdet(0.1), np.linalg.slogdet(M + 0.1 * np.eye(len(M)))[1], rtol=1e-9)
+    K = kronecker_fisher(model, theta, x[:1])  # exact within a layer for one input
+    one = oracle(model, theta, x[:1], fb.Exact())
+    for block in K.blocks:
+        at = np.ix_(block.index.at, block.index.at)
+        np.testing.assert_allclose(K.as_matrix()[at], one[at], atol=1e-10 * np.abs(one).max())
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +224,51 @@ def test_display_and_lineax(built, structure):
     assert "trace" in html
     np.testing.assert_allclose(F.as_lineax().mv(jnp.ones(len(M))), M @ np.ones(len(M)), atol=1e-10)
     assert F.shape == (len(M), len(M))
+
+
+def shown(F):
+    return dict(re.findall("<tr><th>(.*?)</th><td>(.*?)</td></tr>", F._repr_html_()))
+
+
+@each
+@both
+def test_display_shows_trace_and_condition(built, structure, name):
+    """Of what is cheap: eigenvalues that a structure holds, and those of a matrix that is formed."""
+    F, M = built[structure, name]
+    values = np.linalg.eigvalsh(M)
+    singular = values[0] < 1e-13 * values[-1]
+    for c in (1.0, 2.5):
+        facts = shown(c * F)
+        assert float(facts["trace"]) == pytest.approx(c * np.trace(M), rel=1e-3)
+        if structure == "implicit":
+            assert facts["condition"] == "not computed"
+        elif singular:
+            assert facts["condition"] == f"singular: rank {np.sum(values > 1e-13 * values[-1])} of {len(M)}"
+        else:
+            assert float(facts["condition"]) == pytest.approx(values[-1] / values[0], rel=1e-2)
+        if "rank" in facts:
+            largest = float(facts["rank"].split("eigenvalues ")[1].split(" to ")[0])
+            assert largest == pytest.approx(c * values[-1], rel=1e-2)
+    assert shown(F + built["dense" if structure != "dense" else "diagonal", name][0])["condition"] == "not computed"
+
+
+def test_display_costs_no_more_than_the_operator(monkeypatch):
+    model, theta, x = PROBLEMS["network, normal"]
+    monkeypatch.setattr("fisherbook.operators.dense.SHOWN", 16)
+    assert shown(dense_fisher(model, theta, x))["condition"] == "not computed"
+    reads = []
+    streamed = implicit_fisher(model, theta, fb.Batches(lambda: reads.append(1) or iter([x])))
+    reads.clear()
+    assert (shown(streamed)["trace"], shown(streamed)["condition"]) == ("not computed", "not computed")
+    assert reads == []
+
+
+def test_the_trace_left_out_scales_with_the_operator():
+    model, theta, x = PROBLEMS["network, normal"]
+    whole = np.trace(oracle(model, theta, x, fb.Exact()))
+    F = 2.5 * low_rank_fisher(model, theta, x, rank=2)
+    np.testing.assert_allclose(F.trace() + F.discarded, 2.5 * whole, rtol=1e-10)
+    np.testing.assert_allclose(np.sum(F.eigenvalues()) + F.discarded, 2.5 * whole, rtol=1e-10)
 
 
 @each
@@ -393,7 +474,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     drawn = oracle(model, theta, x, law)
     v = jnp.linspace(-1, 1, len(whole))
     monkeypatch.setattr("fisherbook.root.CAP", 300)
-    monkeypatch.setattr("fisherbook.root.BLOCK", 300)
+    monkeypatch.setattr("fisherbook.operators.row_blocks.BLOCK", 300)
     monkeypatch.setattr("fisherbook.operators.implicit.CAP", 300)
     monkeypatch.setattr("fisherbook.operators.low_rank.CAP", 300)
     for each_law, F in ((fb.Exact(), whole), (law, drawn)):
@@ -424,6 +505,67 @@ def test_float32_and_new_weights_without_a_new_program(dtype):
     np.testing.assert_allclose(matrix, F, atol=atol)
     product(cast(jax.tree.map(lambda a: a + 1, theta)), cast(x), v)
     assert len(traces) == 1
+
+
+@each
+def test_new_weights_compile_nothing(structure, caplog):
+    """Outside jit, also with the model written anew."""
+    _, theta, x = PROBLEMS["network, categorical (singular)"]
+
+    def use(theta):
+        F = ALL[structure](lambda t, x: dist.Categorical(logits=network(t, x)), theta, x)
+        jax.block_until_ready([F @ jnp.ones(F.d), F @ theta, F.diagonal(), F.trace()])
+
+    use(theta)
+    other = jax.tree.map(lambda leaf: leaf + 0.1, theta)
+    programs = set(SEEN)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+        use(other)
+        assert "Finished XLA compilation" not in caplog.text
+        assert set(SEEN) == programs
+        jax.jit(lambda a: a + 1)(1.0)  # that a new program does say so
+        assert "Finished XLA compilation" in caplog.text
+
+
+def safe_information(function, theta, x):
+    """J^T (diag p - p p^T) J, as a sum of p_i p_j (J_i - J_j)(J_i - J_j)^T over pairs: nothing cancels."""
+    flat, unravel = jax.flatten_util.ravel_pytree(theta)
+    J = np.asarray(jax.jacrev(lambda f: function(unravel(f), x))(flat))
+    log_p = np.asarray(jax.nn.log_softmax(function(theta, x)))
+    pairs = [(i, j) for i in range(log_p.shape[1]) for j in range(i)]
+    rows = [np.exp((log_p[:, i] + log_p[:, j]) / 2)[:, None] * (J[:, i] - J[:, j]) for i, j in pairs]
+    return sum(R.T @ R for R in rows) / len(x)
+
+
+@pytest.mark.parametrize("factor", [20.0, 1000.0])
+def test_confident_logits(factor):
+    """1 - p is below rounding for many inputs, and for some p underflows; the logits' own rounding is 1e-12."""
+    theta, x = weights(jax.random.key(1), (2, 4, 3)), inputs(12)
+    theta = theta | {"W2": factor * theta["W2"]}
+    model = lambda t, x: dist.Categorical(logits=network(t, x))
+    rest = -np.expm1(jax.nn.log_softmax(network(theta, x)).max(1))
+    assert np.sum(rest < 1e-8) >= 3
+    M = safe_information(network, theta, x)
+    size, v = np.abs(M).max(), np.linspace(-1.0, 1.0, len(M))
+    assert size > 0
+    for structure, build in EXACT.items():
+        F = build(model, theta, x)
+        np.testing.assert_allclose(F.as_matrix(), M, rtol=1e-7, atol=1e-11 * size, err_msg=structure)
+        np.testing.assert_allclose(F @ v, M @ v, rtol=1e-7, atol=1e-11 * size, err_msg=structure)
+    np.testing.assert_allclose(diagonal_fisher(model, theta, x).diagonal(), np.diag(M), rtol=1e-9)
+    np.testing.assert_allclose(implicit_fisher(model, theta, x).trace(), np.trace(M), rtol=1e-9)
+    for corrected in (False, True):
+        K = kronecker_fisher(model, theta, x, corrected=corrected)
+        assert np.isfinite(K.as_matrix()).all()
+        assert np.isfinite(K.solve(v, 1e-3 * size)).all()
+    np.testing.assert_allclose(K.trace(), np.trace(M), rtol=1e-8)  # the corrected one keeps it
+    for k in range(len(x)):  # the Kronecker product is exact for one input, however sure of it the model is
+        one = safe_information(network, theta, x[k : k + 1])
+        K = kronecker_fisher(model, theta, x[k : k + 1])
+        for block in K.blocks:
+            at = np.ix_(block.index.at, block.index.at)
+            atol = 1e-11 * np.abs(one).max() + 1e-300  # numbers below 2e-308 are rounded to zero
+            np.testing.assert_allclose(K.as_matrix()[at], one[at], rtol=1e-6, atol=atol)
 
 
 @pytest.mark.parametrize("law", [fb.Exact(), fb.MonteCarlo(KEY, 3)], ids=["exact", "draws"])

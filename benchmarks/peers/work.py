@@ -236,7 +236,7 @@ def alternate(call: Callable[[], object], beside: Callable[[], object]) -> tuple
 
 
 def measure(entry: Entry, exact: np.ndarray) -> dict[str, float | None]:
-    """Medians of seconds and of the comparison's, the first call's, MB of a call and with the first one, relative error."""
+    """Medians of seconds and of the comparison's, the first call's seconds, MB of a call and with the first, the error."""
     forget_peak()
     before, start = resident("VmRSS"), time.perf_counter()
     result = entry.call()

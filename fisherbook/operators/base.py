@@ -67,6 +67,16 @@ def damping_vector(damping: Any, theta: Any) -> jax.Array:
     return require(ok, value, short if is_traced(ok) else f"{short}, got {damping}")
 
 
+SHOWN = 2048  # parameters up to which the display of a matrix computes its eigenvalues
+UNKNOWN = "not computed"
+
+
+def condition(values: jax.Array, d: int) -> str:
+    """The condition number of d eigenvalues, in words; those that are not in `values` are 0."""
+    rank = int(jnp.sum(values > 8 * d * jnp.finfo(values.dtype).eps * jnp.max(values)))
+    return f"{float(jnp.max(values) / jnp.min(values)):.3g}" if rank == d else f"singular: rank {rank} of {d}"
+
+
 class Fisher(eqx.Module):
     """The Fisher information per observation, in one of five structures.
 
@@ -214,7 +224,11 @@ class Fisher(eqx.Module):
         return rows
 
     def _numbers(self) -> list[tuple[str, str]]:
-        return [("trace", f"{float(self.trace()):.4g}")]
+        return [("trace", f"{float(self.trace()):.4g}"), ("condition", self._condition())]
+
+    def _condition(self) -> str:
+        """The condition number, in words, where it costs no more than a solve; a sum and a product do not know it."""
+        return UNKNOWN
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(d={self.d}, law={self.law})"

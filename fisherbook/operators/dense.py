@@ -12,11 +12,12 @@ import numpy as np
 from ..compilation import run
 from ..law import Data, Exact, Law
 from ..model import Model
-from ..root import Root, leaf_rows, over_blocks, row_shape
+from ..root import Root, leaf_rows, row_shape
 from ..score import weighted_score_covariance
 from . import layered, tiles
-from .base import Fisher
+from .base import SHOWN, UNKNOWN, Fisher, condition
 from .factor import cholesky
+from .row_blocks import over_blocks
 from .streams import mean_over_rows, unit
 
 
@@ -55,11 +56,8 @@ class DenseFisher(Fisher):
         old, new = self.as_matrix(), newer.as_matrix()
         return DenseFisher(newer.theta, jnp.ones((), self.dtype), self.law, (1 - weight) * old + weight * new)
 
-    def _numbers(self) -> list[tuple[str, str]]:
-        values = jnp.linalg.eigvalsh(self.as_matrix())
-        rank = int(jnp.sum(values > 8 * self.d * jnp.finfo(values.dtype).eps * values[-1]))
-        condition = f"{float(values[-1] / values[0]):.3g}" if rank == self.d else f"singular: rank {rank} of {self.d}"
-        return [*super()._numbers(), ("condition", condition)]
+    def _condition(self) -> str:
+        return condition(jnp.linalg.eigvalsh(self.matrix), self.d) if self.d <= SHOWN else UNKNOWN
 
 
 def dense_fisher(model: Model, theta: Any, x: Any = None, *, law: Law = Exact()) -> DenseFisher:

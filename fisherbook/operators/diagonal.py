@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from ..compilation import run
 from ..law import Exact, Law
 from ..model import Model, is_traced, require
-from ..root import Root, leaf_rows, over_blocks, row_shape
+from ..root import Root, leaf_rows, row_shape
 from . import layered
 from .base import Fisher
 from .dense import law_name
+from .row_blocks import over_blocks
 from .streams import mean_over_rows, unit
 
 
@@ -60,9 +61,9 @@ class DiagonalFisher(Fisher):
         old, new = self.scale * self.entries, newer.diagonal()
         return DiagonalFisher(newer.theta, jnp.ones((), self.dtype), self.law, (1 - weight) * old + weight * new)
 
-    def _numbers(self) -> list[tuple[str, str]]:
+    def _condition(self) -> str:
         low, high = float(jnp.min(self.entries)), float(jnp.max(self.entries))
-        return [*super()._numbers(), ("condition", f"{high / low:.3g}" if low > 0 else "singular")]
+        return f"{high / low:.3g}" if low > 0 else f"singular: rank {int(jnp.sum(self.entries > 0))} of {self.d}"
 
 
 def diagonal_fisher(model: Model, theta: Any, x: Any = None, *, law: Law = Exact()) -> DiagonalFisher:

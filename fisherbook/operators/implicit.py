@@ -14,12 +14,13 @@ from ..batches import Batches
 from ..compilation import hide_constants, run
 from ..law import Exact, Law
 from ..model import Model, flatten, is_traced, require
-from ..root import CAP, Root, dense_rows, linear_map, linearize, make_root, over_blocks, residuals, row_shape, transpose
+from ..root import CAP, Root, dense_rows, linear_map, linearize, make_root, residuals, row_shape, transpose
 from . import layered
 from .base import Fisher, is_like
 from .dense import gram_of_columns, law_name
 from .diagonal import squared_columns, squared_norm
 from .factor import cholesky
+from .row_blocks import over_blocks
 from .streamed import LARGEST, StreamedFisher, check_options, most_steps
 from .woodbury import Thin
 
@@ -98,13 +99,12 @@ class ImplicitFisher(Fisher):
     def rows(self) -> int:
         return self.root.n * row_shape(self.root)
 
-    def _columns(self) -> jax.Array:
-        """R^T as an array [d, rows]."""
-        return dense_rows(self.root).reshape(-1, self.d).T
+    @property
+    def _columns_fit(self) -> bool:
+        return self.rows < self.d and self.rows <= LARGEST and self.rows * self.d <= 4 * CAP
 
     def _solve(self, V: jax.Array, damping: jax.Array) -> jax.Array:
-        few = self.rows < self.d and self.rows <= LARGEST
-        thin = few and self.rows * self.d <= 4 * CAP
+        few, thin = self.rows < self.d and self.rows <= LARGEST, self._columns_fit
         # the Gram matrix squares the condition number, which single precision does not forgive
         if few and damping.ndim == 0 and not (thin and V.dtype == jnp.float32):
             w = self._run(lambda F, V, damping: F._in_row_space(V, damping), V, self._positive(damping))
@@ -172,14 +172,17 @@ class ImplicitFisher(Fisher):
     def _in_row_space(self, V: jax.Array, damping: jax.Array) -> jax.Array:
         """(V - R^T (R R^T + damping)^-1 R V) / damping, corrected once by its own residual."""
         flat, linear = self.root.flat, self._linear()
+        back, form = transpose(linear, flat), jax.eval_shape(linear, flat)
         layers = layered.layers_of(self.root)
-        if layers is None or layered.shared(layers):
+        if layers is not None and not layered.shared(layers):
+            K = layered.gram(self.root, layers)
+        elif self.rows * self.d <= CAP:
             rows = dense_rows(self.root).reshape(-1, self.d)
             K = rows @ rows.T
-        else:
-            K = layered.gram(self.root, layers)
+        else:  # R R^T a few columns at a time
+            column = lambda e: linear(back(e.reshape(form.shape))).ravel()
+            K = jax.lax.map(column, jnp.eye(self.rows, dtype=form.dtype), batch_size=max(1, CAP // (4 * self.d)))
         factor = jax.scipy.linalg.cho_factor(K + damping * jnp.eye(len(K), dtype=K.dtype), lower=True)
-        back = transpose(linear, flat)
 
         def inverse(v: jax.Array) -> jax.Array:
             u = linear(v)
@@ -192,24 +195,25 @@ class ImplicitFisher(Fisher):
         return jax.vmap(solve, 1, 1)(V)
 
     def _thin(self, damping: jax.Array) -> Thin:
-        return Thin.of(self._columns(), damping)
+        return Thin.of(dense_rows(self.root).reshape(-1, self.d).T, damping)
 
     def _factor(self, damping: jax.Array) -> jax.Array:
         if self.d > LARGEST:
             raise ValueError(
-                f"the determinant and draws of an implicit Fisher information need at most {LARGEST} rows or "
-                f"parameters, not {self.rows} and {self.d}: use low_rank_fisher, kronecker_fisher or diagonal_fisher"
+                f"the determinant and draws of an implicit Fisher information need at most {LARGEST} rows or parameters, "
+                f"and {4 * CAP} entries of R, not {self.rows} rows and {self.d} parameters: use low_rank_fisher, "
+                "kronecker_fisher or diagonal_fisher"
             )
         M = run(lambda F: F._multiply(jnp.eye(F.d, dtype=F.dtype)), self)
         return cholesky(M + damping * jnp.eye(self.d, dtype=M.dtype), lambda: self.names)
 
     def _logdet(self, damping: jax.Array) -> jax.Array:
-        if self.rows < self.d and self.rows <= LARGEST:
+        if self._columns_fit:
             return run(lambda F, damping: F._thin(damping).logdet(), self, self._positive(damping))
         return 2 * jnp.sum(jnp.log(jnp.diagonal(self._factor(damping))))
 
     def _inverse_root(self, white: jax.Array, damping: jax.Array) -> jax.Array:
-        if self.rows < self.d and self.rows <= LARGEST:
+        if self._columns_fit:
             return run(
                 lambda F, white, damping: F._thin(damping).inverse_root(white), self, white, self._positive(damping)
             )

@@ -15,12 +15,13 @@ from ..expectation import rows_weight
 from ..law import Exact, Law
 from ..layers import Layer, leaf_names
 from ..model import Model, is_traced, require
-from ..root import Root, dense_rows, over_blocks, row_shape
+from ..root import Root, dense_rows, row_shape
 from . import layered
-from .base import Fisher
+from .base import Fisher, condition
 from .blocks import Block, make_block
 from .dense import law_name
 from .plan import Plan, make_plan
+from .row_blocks import over_blocks
 from .streams import mean_over_rows, unit
 
 Blocks = tuple[Block, ...]
@@ -137,6 +138,9 @@ class KroneckerFisher(Fisher):
             f"{b.name}: " + (f"{b.shape[0]} x {b.shape[1]}" if b.shape[0] > 1 else f"{b.shape[1]}") for b in self.blocks
         )
         return [*super()._numbers(), ("blocks", sizes)]
+
+    def _condition(self) -> str:
+        return condition(jnp.concatenate([block.values.ravel() for block in self.blocks]), self.d)
 
 
 def kronecker_fisher(

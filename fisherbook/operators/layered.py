@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..layers import Layer, Layers, find_layers, jacobian_of, leaf_sizes
-from ..root import Root, outputs, over_blocks, push, row_shape
+from ..root import Root, outputs, push, row_shape
+from .row_blocks import over_blocks
 
 ELEMENT = 8  # multiplications that cost as much as making one number of an outer product
 

@@ -14,11 +14,12 @@ from ..batches import Batches
 from ..compilation import run
 from ..law import Exact, Law
 from ..model import Model, require
-from ..root import CAP, Root, dense_rows, linearize, make_root, over_blocks, residuals, row_shape, transpose
+from ..root import CAP, Root, dense_rows, linearize, make_root, residuals, row_shape, transpose
 from .base import Fisher, condition
 from .dense import law_name
 from .diagonal import squared_norm
 from .factor import cholesky
+from .row_blocks import over_blocks
 from .streams import mean_over_rows, unit
 from .woodbury import Thin
 

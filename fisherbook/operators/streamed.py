@@ -13,7 +13,7 @@ from ..batches import Batches
 from ..compilation import run
 from ..law import Law
 from ..model import Model, is_traced
-from .base import Fisher, Vector
+from .base import UNKNOWN, Fisher, Vector
 from .dense import dense_fisher
 from .diagonal import squared_columns, squared_norm
 from .low_rank import product
@@ -77,6 +77,9 @@ class StreamedFisher(Fisher):
     def trace(self) -> jax.Array:
         """The trace, a scalar, exactly."""
         return self.scale * self._mean(lambda root: run(squared_norm, root))
+
+    def _numbers(self) -> list[tuple[str, str]]:  # each would read all batches
+        return [("trace", UNKNOWN), ("condition", UNKNOWN)]
 
     def _solve(self, V: jax.Array, damping: jax.Array) -> jax.Array:
         from scipy.sparse.linalg import LinearOperator, cg
