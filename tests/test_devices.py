@@ -93,8 +93,14 @@ mesh = Mesh(np.array(jax.devices()), ("data",))
 sharding = NamedSharding(mesh, PartitionSpec("data"))
 spread = jax.make_array_from_process_local_data(sharding, x[32 * process : 32 * process + 32])
 everywhere = NamedSharding(mesh, PartitionSpec())
-matrix = jax.jit(lambda t, x: fb.dense_fisher(model, t, x).as_matrix(), out_shardings=everywhere)
-np.testing.assert_allclose(matrix(theta, spread), fb.dense_fisher(model, theta, x).as_matrix(), atol=1e-12)
+for call in (
+    lambda t, x: fb.dense_fisher(model, t, x).as_matrix(),
+    lambda t, x: fb.diagonal_fisher(model, t, x).diagonal(),
+    lambda t, x: fb.kronecker_fisher(model, t, x) @ v,
+    lambda t, x: fb.implicit_fisher(model, t, x) @ v,
+):
+    there = jax.jit(call, out_shardings=everywhere)(theta, spread)
+    np.testing.assert_allclose(there, call(theta, x), atol=1e-12)
 print("same")
 """
 

@@ -585,6 +585,51 @@ def test_trace_estimate_has_an_error_bar():
     assert abs(value - F.trace()) < 4.5 * error
 
 
+def test_diagonal_estimate_has_error_bars():
+    model, theta, x = PROBLEMS["network, categorical (singular)"]
+    F = implicit_fisher(model, theta, x)
+    value, error = (3.0 * F).diagonal_estimate(jax.random.key(8), 400)
+    exact = (3.0 * F).diagonal()
+    off = np.abs(value - exact) / np.maximum(error, 1e-12)
+    assert np.all(off < 5)
+    assert 0.5 < np.sqrt(np.mean(off**2)) < 1.5  # the errors are as large as they say
+
+
+def entangled(theta, x):
+    """No parameter enters linearly, and W is used twice."""
+    h = jnp.tanh(x @ (theta["W"] + 0 * theta["W"] ** 2))
+    return dist.Categorical(logits=jnp.tanh(h @ theta["W"].T) @ theta["V"] ** 3)
+
+
+def test_diagonal_of_a_model_too_large_for_all_outcomes_at_once(monkeypatch):
+    """Row by row of R for each input; the largest array then has no axis for the outcomes."""
+    rng = np.random.default_rng(3)
+    theta = {"W": jnp.asarray(rng.normal(size=(4, 6))), "V": jnp.asarray(rng.normal(size=(4, 5)))}
+    x = jnp.asarray(rng.normal(size=(7, 4)))
+    expected = np.diag(fb.score_covariance(entangled, theta, x))
+    monkeypatch.setattr("fisherbook.operators.diagonal.BLOCK", 100)
+    monkeypatch.setattr("fisherbook.operators.diagonal.leaf_rows", None)
+    np.testing.assert_allclose(diagonal_fisher(entangled, theta, x).diagonal(), expected, rtol=1e-9)
+    alone = lambda t: entangled(t, x[:1]).to_event(1)
+    np.testing.assert_allclose(
+        diagonal_fisher(alone, theta).diagonal(), np.diag(fb.score_covariance(entangled, theta, x[:1])), rtol=1e-9
+    )
+
+
+def test_row_space_of_a_large_model_forms_no_rows(monkeypatch):
+    rng = np.random.default_rng(3)
+    theta = {"W": jnp.asarray(rng.normal(size=(4, 9))), "V": jnp.asarray(rng.normal(size=(4, 5)))}
+    x = jnp.asarray(rng.normal(size=(3, 4)))
+    exact, v = dense_fisher(entangled, theta, x), jnp.asarray(rng.normal(size=56))
+    monkeypatch.setattr("fisherbook.operators.implicit.CAP", 100)
+    monkeypatch.setattr("fisherbook.operators.implicit.dense_rows", None)
+    F = implicit_fisher(entangled, theta, x)
+    np.testing.assert_allclose(F.solve(v, 0.1), exact.solve(v, 0.1), rtol=1e-9)
+    monkeypatch.setattr("fisherbook.operators.implicit.LARGEST", 50)
+    with pytest.raises(ValueError, match="need at most 50 rows or parameters, and 400 entries of R"):
+        F.logdet(0.1)
+
+
 def test_conjugate_gradients_that_do_not_converge():
     model, theta, x = PROBLEMS["network, normal"]
     F = implicit_fisher(model, theta, x, max_steps=2)

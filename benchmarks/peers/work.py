@@ -236,7 +236,7 @@ def alternate(call: Callable[[], object], beside: Callable[[], object]) -> tuple
 
 
 def measure(entry: Entry, exact: np.ndarray) -> dict[str, float | None]:
-    """Medians of seconds and of the comparison's, the first call's seconds, MB of a call and with the first, the error."""
+    """Medians of seconds and of the comparison's, seconds of the first call, MB of a call and with the first, error."""
     forget_peak()
     before, start = resident("VmRSS"), time.perf_counter()
     result = entry.call()

@@ -65,7 +65,7 @@ def dense_fisher(model: Model, theta: Any, x: Any = None, *, law: Law = Exact())
 
     Where the model has linear layers (`linear_layers`) the block of two of them is computed from activations a and
     backward signals g as :math:`\sum_n (a_n^\top a'_n) \otimes (g_n^\top g'_n)`, which costs the same for any number of
-    outcomes.
+    outcomes. Inputs are taken in blocks that hold at most 2^26 scalars beside F (half a gigabyte in float64).
 
     Args:
         model: `model(theta)` or `model(theta, x)`, a distribution.

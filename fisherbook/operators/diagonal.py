@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ..compilation import run
+from ..expectation import Rows
 from ..law import Exact, Law
 from ..model import Model, is_traced, require
-from ..root import Root, leaf_rows, row_shape
+from ..root import Root, leaf_rows, linearize, row_shape, transpose
 from . import layered
 from .base import Fisher
 from .dense import law_name
-from .row_blocks import over_blocks
+from .row_blocks import BLOCK, over_blocks
 from .streams import mean_over_rows, unit
 
 
@@ -70,7 +72,8 @@ def diagonal_fisher(model: Model, theta: Any, x: Any = None, *, law: Law = Exact
     r"""Compute the diagonal of the Fisher information exactly, :math:`F_{ii} = \sum_k R_{ki}^2`, per observation.
 
     In a linear layer the square of a row of R is the product of squared activations and squared signals, so it costs
-    as much as one gradient for each outcome.
+    as much as one gradient for each outcome. Where rows of R have to be formed, no more than 2^21 of their entries are
+    held at a time, or, of a larger model, one row.
 
     Args:
         model: `model(theta)` or `model(theta, x)`, a distribution.
@@ -101,9 +104,26 @@ def squared_columns(root: Root) -> jax.Array:
     layers = layered.layers_of(root)
     if layers is not None and not layered.shared(layers):
         return layered.diagonal(root, layers)
-    scalars = root.n * row_shape(root) * root.d
+    r = row_shape(root)
+    if r < root.d and r * root.d > BLOCK:  # even of one input
+        return over_blocks(root, _row_by_row, root.n * root.d)
     squares = lambda part: [jnp.sum(rows**2, (0, 1)) for rows in leaf_rows(part)]
-    return jnp.concatenate(over_blocks(root, squares, scalars))
+    return jnp.concatenate(over_blocks(root, squares, root.n * r * root.d))
+
+
+def _row_by_row(root: Root) -> jax.Array:
+    """The same with one row of R at a time for each input."""
+
+    def of_input(rows: Rows) -> jax.Array:
+        linear, flat = linearize(replace(root, rows=rows)), root.flat
+        form = jax.eval_shape(linear, flat)
+        back = transpose(linear, flat)
+        add = lambda total, u: (total + back(u.reshape(form.shape)) ** 2, None)
+        return jax.lax.scan(add, jnp.zeros_like(flat), jnp.eye(form.size, dtype=form.dtype))[0]
+
+    if root.rows.x is None:
+        return of_input(root.rows)
+    return jnp.sum(jax.vmap(of_input)(jax.tree.map(lambda a: jnp.asarray(a)[:, None], root.rows)), 0)
 
 
 def squared_norm(root: Root) -> jax.Array:

@@ -11,6 +11,8 @@ import numpy as np
 from ..bounds import name_direction
 from ..model import is_traced, require
 
+SHOWN = 3  # null directions that an error names
+
 
 def cholesky(
     M: jax.Array,
@@ -18,7 +20,7 @@ def cholesky(
     what: str = "F + damping",
     advice: str = "pass damping > 0, fix a parameter, or take fewer",
 ) -> jax.Array:
-    """Lower factor L of M = L L^T, or an error that names the direction about which M says nothing.
+    """Lower factor L of M = L L^T, or an error that names the directions about which M says nothing.
 
     Singular is decided in units of M's own diagonal, so that it does not depend on the units of theta.
     """
@@ -30,8 +32,10 @@ def cholesky(
         if not bool(jnp.all(jnp.isfinite(M))):
             return f"{what} has entries that are not finite"
         values, vectors = np.linalg.eigh(np.asarray(M / scale[:, None] / scale))
-        null = np.asarray(vectors[:, 0] / scale)
-        where = f"smallest eigenvalue {values[0]:.1e} (unit diagonal), along {name_direction(null, names())}"
+        empty = max(1, int(np.sum(values < 8 * len(M) * jnp.finfo(M.dtype).eps)))
+        found = "; ".join(name_direction(v / np.asarray(scale), names()) for v in vectors.T[: min(empty, SHOWN)])
+        more = f" and {empty - SHOWN} more directions" if empty > SHOWN else ""
+        where = f"smallest eigenvalue {values[0]:.1e} (unit diagonal), along {found}{more}"
         if values[0] < -8 * len(M) * jnp.finfo(M.dtype).eps:
             return f"{what} is indefinite: {where}; it is the curvature of no maximum"
         return f"{what} is singular to working precision: {where}; {advice}"

@@ -19,6 +19,7 @@ from . import layered
 from .base import Fisher, is_like
 from .dense import gram_of_columns, law_name
 from .diagonal import squared_columns, squared_norm
+from .estimates import from_signs
 from .factor import cholesky
 from .row_blocks import over_blocks
 from .streamed import LARGEST, StreamedFisher, check_options, most_steps
@@ -200,9 +201,9 @@ class ImplicitFisher(Fisher):
     def _factor(self, damping: jax.Array) -> jax.Array:
         if self.d > LARGEST:
             raise ValueError(
-                f"the determinant and draws of an implicit Fisher information need at most {LARGEST} rows or parameters, "
-                f"and {4 * CAP} entries of R, not {self.rows} rows and {self.d} parameters: use low_rank_fisher, "
-                "kronecker_fisher or diagonal_fisher"
+                f"the determinant and draws of an implicit Fisher information need at most {LARGEST} rows or "
+                f"parameters, and {4 * CAP} entries of R, not {self.rows} rows and {self.d} parameters: use "
+                "low_rank_fisher, kronecker_fisher or diagonal_fisher"
             )
         M = run(lambda F: F._multiply(jnp.eye(F.d, dtype=F.dtype)), self)
         return cholesky(M + damping * jnp.eye(self.d, dtype=M.dtype), lambda: self.names)
@@ -220,15 +221,12 @@ class ImplicitFisher(Fisher):
         return jax.scipy.linalg.solve_triangular(self._factor(damping), white, lower=True, trans=1)
 
     def trace_estimate(self, key: jax.Array, draws: int = 30) -> tuple[jax.Array, jax.Array]:
-        """The trace from random signs (Hutchinson, 1990), and the standard error of that estimate."""
-        from matfree import stochtrace
+        """The trace from random signs, at the cost of `draws` products, and the standard error of that estimate."""
+        return from_signs(self, "trace", key, draws)
 
-        if draws < 2:
-            raise ValueError(f"a standard error needs at least 2 draws, got {draws}")
-        sampler = stochtrace.sampler_signs(self.root.flat, num=draws)
-        estimate = stochtrace.estimator_monte_carlo_mean_and_sem(stochtrace.monte_carlo_trace(), sampler)
-        mean, error = run(lambda F, key: estimate(lambda v: F._multiply(v[:, None])[:, 0], key), self, key)
-        return self.scale * mean, self.scale * error
+    def diagonal_estimate(self, key: jax.Array, draws: int = 30) -> tuple[jax.Array, jax.Array]:
+        """The diagonal [d] from random signs, at the cost of `draws` products, and its standard errors [d]."""
+        return from_signs(self, "diagonal", key, draws)
 
 
 def implicit_fisher(
@@ -242,6 +240,8 @@ def implicit_fisher(
     preconditioner: Any = None,
 ) -> ImplicitFisher | StreamedFisher:
     r"""Represent the Fisher information by its products, :math:`F v = R^\top (R v)`: one push forward, one pull back.
+
+    Inputs are taken in blocks where the linearised model would hold more than 2^26 scalars.
 
     Args:
         model: `model(theta)` or `model(theta, x)`, a distribution.

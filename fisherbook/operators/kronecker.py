@@ -158,7 +158,7 @@ def kronecker_fisher(
     left out. The block of a layer is exact where :math:`a^\top a` and :math:`g^\top g` are uncorrelated over inputs:
     for one input, or where G does not depend on the input, as in a deep linear network with normal outputs of fixed
     scale. A layer used at T positions (a convolution, a shared weight) counts each as an independent use. Parameters
-    that are in no such layer get their own exact dense block.
+    that are in no such layer get their own exact dense block. Inputs are taken in blocks of at most 2^26 scalars.
 
     Args:
         model: `model(theta, x)`, a distribution; its layers are found by `linear_layers`.
