@@ -14,6 +14,7 @@ import json
 import platform
 import re
 import tomllib
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,26 @@ def api_reference(app: Sphinx) -> str:
     for name in public_names():
         modules.setdefault(getattr(package, name).__module__, []).append(f"fisherbook.{name}")
     modules["fisherbook.plotting"] = _functions("fisherbook.plotting")
-    return "\n\n".join(_module_section(module, names) for module, names in modules.items())
+    sections = [_module_section(module, names) for module, names in modules.items()]
+    returned = _entries([f"{cls.__module__}.{cls.__qualname__}" for cls in returned_classes()])
+    return "\n\n".join([*sections, "\n".join(["## What these return", "", "```{eval-rst}", *returned, "```"])])
+
+
+def returned_classes() -> list[type]:
+    """Classes of the package that public functions return, and what they inherit from, unless public themselves."""
+    package = importlib.import_module("fisherbook")
+    found: dict[type, None] = {}
+    for function in filter(inspect.isfunction, (getattr(package, name) for name in public_names())):
+        for cls in _classes(inspect.signature(function, eval_str=True).return_annotation):
+            ours = [base for base in reversed(cls.__mro__) if base.__module__.startswith("fisherbook.")]
+            found |= dict.fromkeys(base for base in ours if not hasattr(package, base.__name__))
+    return list(found)
+
+
+def _classes(annotation: Any) -> list[type]:
+    if inspect.isclass(annotation):
+        return [annotation]
+    return [cls for part in typing.get_args(annotation) for cls in _classes(part)]
 
 
 def _functions(module: str) -> list[str]:
@@ -111,12 +131,18 @@ def _functions(module: str) -> list[str]:
 
 def _module_section(module: str, names: list[str]) -> str:
     summary = (inspect.getdoc(importlib.import_module(module)) or "").split("\n\n")[0]
-    lines = [f"## {module.removeprefix('fisherbook.')}", "", "```{eval-rst}", summary, ""]
+    return "\n".join(
+        [f"## {module.removeprefix('fisherbook.')}", "", "```{eval-rst}", summary, "", *_entries(names), "```"]
+    )
+
+
+def _entries(names: list[str]) -> list[str]:
+    lines = []
     for name in names:
         parent, _, last = name.rpartition(".")
         is_class = inspect.isclass(getattr(importlib.import_module(parent), last))
         lines += [f".. autoclass:: {name}", "   :members:", ""] if is_class else [f".. autofunction:: {name}", ""]
-    return "\n".join([*lines, "```"])
+    return lines
 
 
 def execution_table(app: Sphinx) -> str:
