@@ -198,9 +198,9 @@ class LaplacePosterior(eqx.Module):
             x: inputs with leading axis n.
             method: "linear", in closed form, for normal outputs of known covariance; "probit" (MacKay, 1992) and
                 "bridge" (Hobbhahn et al., 2022), two approximations for classes (a model of probabilities has the
-                logits of sum zero); "linear_samples", draws of the linearised outputs, for any distribution that declares its
-                parameters, and "samples", draws of the parameters, for any model, both with error O(1/sqrt(draws)). By
-                default "linear" or "probit" where they apply, else "linear_samples".
+                logits of sum zero); "linear_samples", draws of the linearised outputs, for any distribution that
+                declares its parameters, and "samples", draws of the parameters, for any model, both with error
+                O(1/sqrt(draws)). By default "linear" or "probit" where they apply, else "linear_samples".
             key: for the sampled methods.
             draws: how many of them.
             joint: with "linear", one law for all n inputs.
