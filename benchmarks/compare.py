@@ -38,6 +38,7 @@ ENVIRONMENTS = {  # file of entries: locked requirements; "" is the environment 
 REPORTED = ["fisherbook", "jax", "numpy", "scipy", "optax", "laplax", "netket", "kfac-jax", "torch"]
 REPORTED += ["curvlinops-for-pytorch", "nngeometry", "backpack-for-pytorch", "laplace-torch"]
 LIMIT = 240  # seconds for one process
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}  # arrays from 64 kB on are pages of their own, for glibc
 PROCESSES, PATIENCE = 3, 80  # of each library at each task, unless they took so many seconds already
 
 
@@ -56,9 +57,9 @@ def python_of(environment: str) -> str:
     return str(python)
 
 
-def run(python: str, file: str, *arguments: str) -> subprocess.CompletedProcess:
+def run(python: str, file: str, *arguments: str, **more: str) -> subprocess.CompletedProcess:
     command = [python, str(HERE / "peers" / file), *arguments]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"} | more
     return subprocess.run(command, capture_output=True, timeout=LIMIT, env=environment)
 
 
@@ -72,6 +73,12 @@ def one(python: str, file: str, task: str, name: str, answer: Path) -> dict:
         return {"failed": "out of memory" if done.returncode == -9 else f"signal {-done.returncode}"}
     if done.returncode:
         return {"failed": done.stderr.decode().strip().splitlines()[-1][:200]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def memory(python: str, file: str, task: str, name: str) -> dict:
+    """MB of a later call."""
+    done = run(python, file, task, name, **MAPPED)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -118,7 +125,8 @@ def measured(task: str) -> dict:
         if entries.returncode:
             raise RuntimeError(f"{file} does not start:\n{entries.stderr.decode()}")
         for name in [name for t, name in json.loads(entries.stdout.splitlines()[-1]) if t == task]:
-            rows.append({"name": name} | repeated(python, file, task, name, saved))
+            row = {"name": name} | repeated(python, file, task, name, saved)
+            rows.append(row | memory(python, file, task, name) if "first_memory" in row else row)
             print(task, rows[-1], flush=True)
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
     return {"date": day, "machine": machine(), "rows": rows}

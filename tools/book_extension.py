@@ -37,6 +37,7 @@ MENDINGS = [
     (re.compile(r'<div role="list" class="citation-list">'), '<div class="citation-list">'),
     (re.compile(r' role="doc-biblioentry"'), ""),
 ]
+RETURNED = ("fisherbook.operators.", "fisherbook.scoring")  # modules whose classes the API reference shows
 
 
 def address(root: Path = ROOT) -> dict[str, str]:
@@ -107,12 +108,12 @@ def api_reference(app: Sphinx) -> str:
 
 
 def returned_classes() -> list[type]:
-    """Classes of the package that public functions return, and what they inherit from, unless public themselves."""
+    """Classes of operators and fits that public functions return, and what they inherit from."""
     package = importlib.import_module("fisherbook")
     found: dict[type, None] = {}
     for function in filter(inspect.isfunction, (getattr(package, name) for name in public_names())):
         for cls in _classes(inspect.signature(function, eval_str=True).return_annotation):
-            ours = [base for base in reversed(cls.__mro__) if base.__module__.startswith("fisherbook.")]
+            ours = [base for base in reversed(cls.__mro__) if base.__module__.startswith(RETURNED)]
             found |= dict.fromkeys(base for base in ours if not hasattr(package, base.__name__))
     return list(found)
 

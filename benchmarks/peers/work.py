@@ -185,13 +185,15 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_of(call: Callable[[], object], times: int) -> float:
-    """MB that a call holds at its worst beyond what was in use before it; the largest of so many calls.
+def peak_of(call: Callable[[], object]) -> float:
+    """MB that a call, not the first, holds at its worst beyond what was in use before it; the largest of two.
 
-    What earlier calls freed goes back to the system first, so that every page that this one uses is counted.
+    In a process of its own, started with MALLOC_MMAP_THRESHOLD_ (`compare.MAPPED`): then what large arrays held goes
+    back to the system at once, and no call finds pages that an earlier one left.
     """
+    call()
     peaks = []
-    for _ in range(times):
+    for _ in range(2):
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         forget_peak()
@@ -236,13 +238,13 @@ def alternate(call: Callable[[], object], beside: Callable[[], object]) -> tuple
 
 
 def measure(entry: Entry, exact: np.ndarray) -> dict[str, float | None]:
-    """Medians of seconds and of the comparison's, seconds of the first call, MB of a call and with the first, error."""
+    """Medians of seconds and of the comparison's, seconds of the first call, the peak in MB with it, relative error."""
     forget_peak()
     before, start = resident("VmRSS"), time.perf_counter()
     result = entry.call()
     first = time.perf_counter() - start
     times = repeat(entry.call)
-    memory = {"first_memory": resident("VmHWM") - before, "memory": peak_of(entry.call, 3 if times[0] < 3 else 1)}
+    peak = resident("VmHWM") - before
     error = beside = None
     if exact.size:
         found = np.asarray(entry.canonical(result), float)
@@ -251,7 +253,7 @@ def measure(entry: Entry, exact: np.ndarray) -> dict[str, float | None]:
         entry.beside()
         times, others = alternate(entry.call, entry.beside)
         beside = float(np.median(others))
-    return dict(seconds=float(np.median(times)), first=first, error=error, beside=beside, **memory)
+    return dict(seconds=float(np.median(times)), first=first, first_memory=peak, error=error, beside=beside)
 
 
 # ------------------------------------------------------------------------------------------------------- tasks
@@ -389,13 +391,21 @@ TASKS["inputs"] = (digits, lambda _: np.zeros(0))  # as many inputs as an entry 
 
 
 def main(entries: dict[tuple[str, str], Callable[[Network], Entry | Race | Posterior]]) -> None:
-    """Run `python FILE TASK NAME ANSWER`, in a process of its own, and print what was measured; alone, the names."""
+    """Run `python FILE TASK NAME ANSWER`, in a process of its own, and print what was measured; alone, the names.
+
+    `python FILE TASK NAME` prints the memory of a later call.
+    """
     if len(sys.argv) == 1:
         print(json.dumps(list(entries)))
         return
-    task, name, answer = sys.argv[1:]
+    task, name, *answer = sys.argv[1:]
     network = TASKS[task][0]()
-    entry, exact = entries[task, name](network), np.load(answer)
+    entry = entries[task, name](network)
+    if not answer:
+        assert isinstance(entry, Entry)
+        print(json.dumps({"memory": peak_of(entry.call)}))
+        return
+    exact = np.load(answer[0])
     if task == "matrix":
         entry = entry._replace(beside=raw_product(network))
     stopwatch = {Race: run, Posterior: time_posterior}.get(type(entry), measure)

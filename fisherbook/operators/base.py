@@ -158,7 +158,7 @@ class Fisher(eqx.Module):
         return self._logdet(damp / self.scale) + self.d * jnp.log(self.scale)
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = (), damping: Any = 0.0) -> jax.Array:
-        """Draws [*shape, d] from N(0, (F + damping I)^-1); divide by sqrt(n) for n observations."""
+        """Draws, shape + (d,), from N(0, (F + damping I)^-1); divide by sqrt(n) for n observations."""
         damp = damping_vector(damping, self.theta)
         white = jax.random.normal(key, (self.d, int(np.prod(shape))), self.dtype)
         return (self._inverse_root(white, damp / self.scale) / jnp.sqrt(self.scale)).T.reshape(*shape, self.d)
