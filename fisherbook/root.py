@@ -262,9 +262,6 @@ def row_shape(root: Root) -> int:
     return int(jax.eval_shape(lambda r: linearize(r)(r.flat), one).size)
 
 
-# --- blocks of rows -----------------------------------------------------------------------------------------
-
-
 def residuals(root: Root) -> int:
     """Scalars that a linearised R holds."""
     kept = jax.eval_shape(lambda r: jax.tree.leaves(linear_map(r)), root)
