@@ -179,6 +179,19 @@ def mend_html(app: Sphinx, page: str, template: str, context: dict[str, Any], do
     if "body" in context:
         for wrong, right in MENDINGS:
             context["body"] = wrong.sub(right, context["body"])
+    if page.startswith("_modules/fisherbook/"):
+        module = page.removeprefix("_modules/").replace("/", ".")
+        context["body"] = mend_backlinks(context["body"], module, set(app.env.domaindata["py"]["objects"]))
+
+
+def mend_backlinks(body: str, module: str, documented: set[str]) -> str:
+    """The links from source code to the reference: viewcode takes one prefix for all names of a module."""
+
+    def mended(link: re.Match[str]) -> str:
+        full = f"{module}.{link['name']}"
+        return f'#{full}"' if f"fisherbook.{link['name']}" not in documented and full in documented else link[0]
+
+    return re.sub(r'#fisherbook\.(?P<name>[\w.]+)"', mended, body)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
