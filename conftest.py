@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -17,6 +18,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax
 import matplotlib
 import pytest
+
+from tools import executed
 
 jax.config.update("jax_enable_x64", True)
 matplotlib.use("agg")
@@ -38,13 +41,39 @@ def few_programs():
         gc.collect()
 
 
+def pytest_collection_modifyitems(items):
+    """Notebooks first, the long ones before the others: the tests of the pages then find them executed."""
+    cells = Counter(item.path for item in items if item.path.suffix == ".ipynb")
+    items.sort(key=lambda item: -cells[item.path])
+
+
+RUN = pytest.StashKey[list]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """After the last cell of a notebook, keep what its cells gave for the build."""
+    report = yield
+    if item.path.suffix == ".ipynb" and call.when == "call":
+        notebook = item.parent
+        run = notebook.stash.setdefault(RUN, [executed.place(item.config.rootpath)])
+        if report.passed:
+            run.append((item.test_outputs, report.duration))
+        total = sum(cell.cell_type == "code" for cell in notebook.nb.cells)
+        if len(run) == 1 + total and item.cell_num == total - 1:
+            outputs, seconds = zip(*run[1:], strict=True)
+            language = notebook.kernel.kc.kernel_info(reply=True, timeout=60)["content"]["language_info"]
+            executed.keep(run[0], notebook.nb, item.path.stem, outputs, language, sum(seconds))
+    return report
+
+
 # A notebook's cells share a kernel and go in order; the tests of these files share one slow build.
 TOGETHER = (".ipynb", "test_browser.py", "test_build.py", "test_packaging.py")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Spread tests over the workers one by one, but for those that belong together, which go first.
+    """Spread tests over the workers one by one, in order, but for those that belong together.
 
     xdist's own `--dist loadgroup` does this by renaming tests, which pytest 9.2 no longer lets it do.
     """
@@ -55,4 +84,5 @@ def pytest_xdist_make_scheduler(config, log):
             file = nodeid.split("::")[0]
             return file if file.endswith(TOGETHER) else nodeid
 
+    config.option.loadscopereorder = False
     return Scheduling(config, log)

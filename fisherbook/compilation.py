@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import FunctionType
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 SEEN: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
 CAPACITY = 512
 APART: ContextVar[list[Any] | None] = ContextVar("APART", default=None)
+SHARED: ContextVar[dict[Any, Any] | None] = ContextVar("SHARED", default=None)
 
 
 @contextmanager
@@ -34,6 +36,46 @@ def checks_apart() -> Iterator[list[Any]]:
         yield checks
     finally:
         APART.reset(token)
+
+
+@contextmanager
+def traced_once(programs: dict[Any, Any]) -> Iterator[None]:
+    """Within, `run` traces a function once for arguments of one shape: the batches of one call are of one model.
+
+    Functions are told apart by their code and by what they close over, so only values that can be hashed share.
+    """
+    token = SHARED.set(programs)
+    try:
+        yield
+    finally:
+        SHARED.reset(token)
+
+
+def _name(function: Callable[..., Any], trees: Any) -> Any:
+    """What `function` and the forms of its arguments are known by; None where that cannot be told."""
+
+    def form(leaf: Any) -> Any:
+        if not _is_number(leaf):
+            return _closure(leaf)
+        weak = getattr(leaf, "weak_type", isinstance(leaf, (int, float, complex)))
+        where = leaf.sharding if getattr(leaf, "committed", False) else None
+        return np.shape(leaf), jnp.result_type(leaf), weak, where
+
+    leaves, structure = jax.tree.flatten(trees)
+    name = (_closure(function), structure, *map(form, leaves))
+    try:
+        hash(name)
+    except TypeError:
+        return None
+    return name
+
+
+def _closure(value: Any) -> Any:
+    """A function made anew from the same code over the same values is the same function."""
+    if not isinstance(value, FunctionType):
+        return type(value), value  # 1 and True are equal
+    cells = tuple(_closure(cell.cell_contents) for cell in value.__closure__ or ())
+    return value.__code__, cells, value.__defaults__, tuple((value.__kwdefaults__ or {}).items())
 
 
 def compile_once(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
@@ -63,10 +105,14 @@ def compile_once(function: Callable[..., Any], *args: Any) -> Callable[..., Any]
     return SEEN[key]
 
 
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex))
+
+
 def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     """The arrays and numbers of a pytree, and what puts others in their place; its other leaves (functions) stay."""
     leaves, form = jax.tree.flatten(tree)
-    numbers = [isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)) for leaf in leaves]
+    numbers = [_is_number(leaf) for leaf in leaves]
 
     def whole(arrays: Sequence[Any]) -> Any:
         left = iter(arrays)
@@ -85,7 +131,16 @@ def run(function: Callable[..., Any], *trees: Any) -> Any:
     flat = lambda *arrays: function(*whole(arrays))
     if any(isinstance(leaf, jax.core.Tracer) for leaf in arrays):
         return (jax.jit(flat) if APART.get() is None else flat)(*arrays)  # a program within would keep its checks
-    return compile_once(flat, *arrays)(*arrays)
+    programs = SHARED.get()
+    name = None if programs is None else _name(function, trees)
+    if programs is None or name is None:
+        return compile_once(flat, *arrays)(*arrays)
+    if name not in programs:
+        program = compile_once(flat, *arrays)
+        if not isinstance(program, jax.stages.Compiled):
+            return program(*arrays)  # it closes over a value of an outer transformation
+        programs[name] = program
+    return programs[name](*arrays)
 
 
 def hide_constants(tree: Any) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .checks import Health, measure, verdict
-from .compilation import compile_once
+from .compilation import compile_once, run
 from .law import Data, Exact, Law, Plan, check_law, make_plan
 from .model import (
     Conditional,
@@ -225,22 +225,24 @@ def depend(problem: Problem, health: Health) -> Health:
         return health
     few = np.unique(np.linspace(0, problem.n - 1, 4).astype(int))
 
-    def compare(flat: jax.Array, rows: Rows) -> jax.Array:
-        y = problem.outcomes(flat, rows).y
+    model, unravel, plan, n, follow = problem.model, problem.unravel, problem.plan, problem.n, problem.follow
+
+    def compare(flat: jax.Array, rows: Rows, law: Law, others: tuple[Any, ...]) -> jax.Array:
+        part = Problem(model, flat, unravel, law, plan, rows, n, follow, others)
+        y = part.outcomes(flat, rows).y
         y = y[len(y) // 2][None]
-        together = problem.log_prob(flat, rows.x, y)[0]
+        together = part.log_prob(flat, rows.x, y)[0]
 
         def alone(row: Any, value: jax.Array) -> jax.Array:
-            return problem.log_prob(flat, jax.tree.map(lambda a: a[None], row), value[:, None])[0, 0]
+            return part.log_prob(flat, jax.tree.map(lambda a: a[None], row), value[:, None])[0, 0]
 
         single = jax.vmap(alone, in_axes=(0, 1))(rows.x, y)
         slack = 1e4 * jnp.finfo(together.dtype).eps * (1 + jnp.abs(single))
         return jnp.any(jnp.isfinite(single) & jnp.isfinite(together) & (jnp.abs(single - together) > slack))
 
     sample = jax.tree.map(lambda a: a[few], problem.rows)
-    traced = is_traced(problem.flat, sample, problem.law)
-    compare = jax.jit(compare) if traced else compile_once(compare, problem.flat, sample)
-    different = compare(problem.flat, sample)
+    law = Data(None) if isinstance(problem.law, Data) else problem.law  # whose observations are in the rows
+    different = run(compare, problem.flat, sample, law, problem.others)
     return health._replace(dependent=2.0 * different)
 
 

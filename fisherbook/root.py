@@ -131,11 +131,11 @@ def _closed_form(model: Model, theta: Any, x: Any) -> tuple[bool, ...] | None:
 
 def _checked(root: Root) -> Any:
     """theta, or an error where rows depend on each other, or a parameter is at the edge of its set and moves."""
-    few = np.unique(np.linspace(0, root.n - 1, 4).astype(int))
+    model, few = root.model, tuple(int(row) for row in np.unique(np.linspace(0, root.n - 1, 4).astype(int)))
 
     def compare(theta: Any, x: Any) -> jax.Array:
-        x = take_rows(x, few)
-        own = lambda x: own_parameters(call(root.model, theta, x))
+        x = take_rows(x, np.asarray(few))
+        own = lambda x: own_parameters(call(model, theta, x))
         single = jax.vmap(lambda row: [p[0] for p in own(jax.tree.map(lambda a: a[None], row))])(x)
         known = lambda v: jnp.nan_to_num(v, posinf=0.0, neginf=0.0)  # what is not finite is named elsewhere
         pairs = [(known(together), known(alone)) for together, alone in zip(own(x), single, strict=True)]

@@ -94,6 +94,45 @@ def test_one_batch_in_memory():
     assert most <= 2  # the one in use, and the one before it until it is replaced
 
 
+@pytest.mark.parametrize(
+    "law", [fb.Exact(), fb.MonteCarlo(KEYS[4], 2), fb.Data(jnp.tile(Y[:6], 5))], ids=["exact", "draws", "data"]
+)
+def test_more_batches_and_more_passes_trace_nothing(law):
+    def traces(build, many, products=0):
+        seen = []
+
+        def counted(t, x):
+            seen.append(isinstance(x, jax.core.Tracer))
+            return model(t, x)
+
+        used = fb.Data(law.y[: 6 * many]) if isinstance(law, fb.Data) else law
+        F = build(counted, THETA, fb.Batches([X[k : k + 6] for k in range(many)]), law=used)
+        found = [F @ (k + jnp.ones(F.d)) for k in range(products)]
+        assert len(found) < 2 or abs(found[1] - found[0]).max() > 1e-3
+        return sum(seen)
+
+    for build in (fb.dense_fisher, fb.diagonal_fisher, fb.kronecker_fisher):
+        assert traces(build, 2) == traces(build, 5) > 0
+    assert traces(fb.implicit_fisher, 2, 1) == traces(fb.implicit_fisher, 5, 4) > 0
+
+
+def test_what_is_read_again_is_used():
+    """Programs are kept between products, the data are not."""
+    parts, v = [X[:10], X[10:20]], jnp.linspace(-1, 1, 28)
+    F = fb.implicit_fisher(model, THETA, fb.Batches(parts))
+    product = lambda theta: fb.dense_fisher(model, theta, jnp.concatenate(parts)) @ v
+    np.testing.assert_allclose(F @ v, product(THETA), atol=1e-13)
+    parts[1] = 2 * X[10:20]
+    np.testing.assert_allclose(F @ v, product(THETA), atol=1e-13)
+    parts[1] = X[10:17]  # of another length: checked as a new batch
+    np.testing.assert_allclose(F @ v, product(THETA), atol=1e-13)
+    other = jax.tree.map(lambda leaf: 1.5 * leaf, F)  # theta and the scale
+    np.testing.assert_allclose(other @ v, 1.5 * product(jax.tree.map(lambda leaf: 1.5 * leaf, THETA)), atol=1e-13)
+    parts[0] = X[:10].at[3, 1].set(jnp.nan)
+    with pytest.raises(ValueError, match="batch that is read again holds other values"):
+        F @ v
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="a generator can be iterated once only"):
         fb.Batches(x for x in SPLIT)

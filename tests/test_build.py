@@ -8,8 +8,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from tools import executed
 from tools.build import name_cell
 from tools.inputs import environment_fingerprint
 from tools.notebooks import KERNEL, normalise
@@ -128,6 +129,42 @@ def test_runs_again_what_changed_and_no_more(tmp_path):
     (tmp_path / "fisherbook" / "score.py").write_text("ONE = 2\n")
     code, output = build(tmp_path)
     assert (code, "2 of 2 executed pages to run" in output) == (0, True), output
+
+
+def test_takes_what_the_tests_have_executed(tmp_path):
+    """A build shows the outputs that nbval saw of these very cells, and runs a chapter whose cells are others."""
+    write_book(tmp_path)
+    for name in ("same", "other"):
+        write_chapter(tmp_path, name, new_code_cell(f"'run ' + 'by the build'  # {name}"))
+    folder = executed.place(tmp_path)
+    for name in ("same", "other"):
+        notebook = nbformat.read(tmp_path / "book" / f"{name}.ipynb", as_version=4)
+        if name == "other":
+            notebook.cells[1].source += ", as it was"
+        given = [[new_output("execute_result", {"text/plain": "seen by nbval"}, execution_count=1)]]
+        assert executed.keep(folder, notebook, name, given, {"name": "python"}, 2.5)
+    code, printed = build(tmp_path)
+    assert code == 0, printed
+    assert "1 of 2 executed pages to run" in printed
+    pages = {name: (tmp_path / "_build" / "html" / "book" / f"{name}.html").read_text() for name in ("same", "other")}
+    assert "seen by nbval" in pages["same"]
+    assert "run by the build" in pages["other"]
+    assert "seen by nbval" not in pages["other"]
+    (tmp_path / "fisherbook" / "score.py").write_text("ONE = 2\n")
+    assert executed.place(tmp_path) != folder
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        new_output("display_data", {executed.WIDGET: {"model_id": "1"}, "text/plain": "a bar"}),
+        new_output("error", ename="E", evalue="", traceback=[]),
+    ],
+)
+def test_leaves_to_the_build_what_nbval_does_not_see_whole(tmp_path, output):
+    notebook = new_notebook(cells=[new_code_cell("1")])
+    assert not executed.keep(tmp_path, notebook, "bar", [[output]], {"name": "python"}, 1.0)
+    assert executed.take(tmp_path, notebook, "bar") is None
 
 
 @pytest.mark.parametrize("change", ["fisherbook/score.py", "requirements.txt", "fisherbook/new.py"])

@@ -22,6 +22,7 @@ from jupyter_cache.base import CacheBundleIn, JupyterCacheAbstract
 from myst_nb.core.read import is_myst_markdown_notebook, read_myst_markdown_notebook
 from nbformat import NotebookNode
 
+from tools import executed
 from tools.inputs import book_fingerprint, documents, environment_fingerprint
 from tools.notebooks import ChapterFailed, execute
 
@@ -78,7 +79,15 @@ def _fresh_cache(root: Path) -> JupyterCacheAbstract:
 
 def _execute_stale(root: Path, cache: JupyterCacheAbstract) -> list[str]:
     notebooks = list(_executable(root))
-    stale = [(path, notebook) for path, notebook in notebooks if not _is_cached(cache, notebook)]
+    stale = []
+    folder = executed.place(root)
+    for path, notebook in notebooks:
+        if _is_cached(cache, notebook):
+            continue
+        if (known := executed.take(folder, notebook, path.stem)) is None:
+            stale.append((path, notebook))
+        else:
+            _remember(cache, path, *known)
     if notebooks:
         print(f"{len(stale)} of {len(notebooks)} executed pages to run.", flush=True)
     failures = []
@@ -94,10 +103,14 @@ def _execute_stale(root: Path, cache: JupyterCacheAbstract) -> list[str]:
                 failures.append(str(failure))
                 print(f"{progress}  failed", flush=True)
                 continue
-            bundle = CacheBundleIn(notebook, str(path), data={"execution_seconds": seconds})
-            cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
+            _remember(cache, path, notebook, seconds)
             print(f"{progress}  {seconds:.0f} s", flush=True)
     return failures
+
+
+def _remember(cache: JupyterCacheAbstract, path: Path, notebook: NotebookNode, seconds: float) -> None:
+    bundle = CacheBundleIn(notebook, str(path), data={executed.SECONDS: seconds})
+    cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
 
 
 def _executable(root: Path) -> Iterator[tuple[Path, NotebookNode]]:

@@ -23,6 +23,7 @@ from .estimates import from_signs
 from .factor import cholesky
 from .row_blocks import over_blocks
 from .streamed import LARGEST, StreamedFisher, check_options, most_steps
+from .streams import Passes
 from .woodbury import Thin
 
 SMALL = 4096  # parameters up to which an undamped solve forms F
@@ -273,7 +274,7 @@ def implicit_fisher(
     rtol = max(rtol, 10 * float(jnp.finfo(flat.dtype).eps))
     one, name = jnp.ones((), flat.dtype), law_name(law)
     if isinstance(x, Batches):
-        return StreamedFisher(unravel(flat), one, name, model, x, rtol, max_steps, law, preconditioner)
+        return StreamedFisher(unravel(flat), one, name, model, x, rtol, max_steps, Passes(), law, preconditioner)
     root = make_root(model, theta, x, law=law)
     kept, form = _linearized(root) if residuals(root) <= CAP else (None, None)
     if kept is None or not is_traced(root):

@@ -22,7 +22,7 @@ from .blocks import Block, make_block
 from .dense import law_name
 from .plan import Plan, make_plan
 from .row_blocks import over_blocks
-from .streams import mean_over_rows, unit
+from .streams import Passes, mean_over_rows, unit
 
 Blocks = tuple[Block, ...]
 
@@ -189,10 +189,11 @@ def kronecker_fisher(
     plans: list[Plan] = []
 
     def moments(root: Root) -> Any:
-        plans[:] = plans or [make_plan(root)]
-        return run(lambda r: over_blocks(r, lambda part: _moments(part, plans[0]), r.n * _width(r, plans[0])), root)
+        plans[:] = plan, *_ = plans or [make_plan(root)]
+        return run(lambda r: over_blocks(r, lambda part: _moments(part, plan), r.n * _width(r, plan)), root)
 
-    checked, found = mean_over_rows(model, theta, x, law, moments)
+    passes = Passes()
+    checked, found = mean_over_rows(model, theta, x, law, moments, passes)
     plan = plans[0]
     dtype = jnp.result_type(*jax.tree.leaves(checked))
     blocks = run(lambda m: _blocks(m, plan, dtype), found)
@@ -204,7 +205,7 @@ def kronecker_fisher(
 
             return run(whole, root, blocks[: len(plan.product)])
 
-        better = mean_over_rows(model, theta, x, law, squares)[1]
+        better = mean_over_rows(model, checked, x, law, squares, passes)[1]
         pairs = zip(blocks, better, strict=False)
         blocks = (*(replace(b, values=s, corrected=True) for b, s in pairs), *blocks[len(better) :])
     return KroneckerFisher(checked, unit(x, *(block.values for block in blocks)), law_name(law), blocks)

@@ -20,7 +20,7 @@ from .dense import law_name
 from .diagonal import squared_norm
 from .factor import cholesky
 from .row_blocks import over_blocks
-from .streams import mean_over_rows, unit
+from .streams import Passes, mean_over_rows, unit
 from .woodbury import Thin
 
 RANK, OVERSAMPLING, ROUNDS = 100, 10, 2
@@ -158,9 +158,10 @@ def low_rank_fisher(
 
 
 def _streamed(model: Model, theta: Any, x: Batches, law: Law, rank: int) -> tuple[Any, ...]:
-    checked, trace = mean_over_rows(model, theta, x, law, lambda root: run(squared_norm, root))
+    passes = Passes()
+    checked, trace = mean_over_rows(model, theta, x, law, lambda root: run(squared_norm, root), passes)
     flat = ravel_pytree(checked)[0]
-    mean = lambda Q: mean_over_rows(model, theta, x, law, lambda root: run(product, root, Q))[1]
+    mean = lambda Q: mean_over_rows(model, checked, x, law, lambda root: run(product, root, Q), passes)[1]
     k = min(rank, flat.size)
     return checked, *_randomised(mean, flat, k, min(flat.size, k + OVERSAMPLING)), trace
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,8 @@ class Whole(NamedTuple):
     name: str
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True, eq=False)  # hashed by identity: the programs of many batches are told apart by it
+class Plan:
     layers: Layers | None
     product: tuple[int, ...]  # layers with a Kronecker product
     whole: tuple[Whole, ...]

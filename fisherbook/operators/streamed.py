@@ -17,7 +17,7 @@ from .base import UNKNOWN, Fisher, Vector
 from .dense import dense_fisher
 from .diagonal import squared_columns, squared_norm
 from .low_rank import product
-from .streams import mean_over_rows
+from .streams import Passes, mean_over_rows
 
 OUTSIDE = (
     "cannot stand inside jax.jit, and has no derivative: dense_fisher, kronecker_fisher, low_rank_fisher and "
@@ -52,11 +52,12 @@ class StreamedFisher(Fisher):
     batches: Batches = eqx.field(static=True)
     rtol: float = eqx.field(static=True)
     max_steps: int | None = eqx.field(static=True)
+    passes: Passes = eqx.field(static=True)
     of: Law
     preconditioner: Any
 
     def _mean(self, function: Any) -> Any:
-        return mean_over_rows(self.model, self.theta, self.batches, self.of, function)[1]
+        return mean_over_rows(self.model, self.theta, self.batches, self.of, function, self.passes)[1]
 
     def __matmul__(self, v: Any) -> Any:
         if is_traced(v):
@@ -65,7 +66,10 @@ class StreamedFisher(Fisher):
         return vector.back(self.scale * self._multiply(vector.matrix))
 
     def _multiply(self, V: jax.Array) -> jax.Array:
-        return self._mean(lambda root: run(product, root, V))
+        value = self._mean(lambda root: run(product, root, V))
+        if np.isfinite(V).all() and not np.isfinite(value).all():  # a later pass checks less than the first
+            raise ValueError("F v is not finite: a batch that is read again holds other values, or v is too large")
+        return value
 
     def _diagonal(self) -> jax.Array:
         return self._mean(lambda root: run(squared_columns, root))
