@@ -20,6 +20,7 @@ import numpy as np
 SEEN: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
 CAPACITY = 512
 APART: ContextVar[list[Any] | None] = ContextVar("APART", default=None)
+OURS = __name__.removesuffix("compilation")
 SHARED: ContextVar[dict[Any, Any] | None] = ContextVar("SHARED", default=None)
 
 
@@ -71,8 +72,8 @@ def _name(function: Callable[..., Any], trees: Any) -> Any:
 
 
 def _closure(value: Any) -> Any:
-    """A function made anew from the same code over the same values is the same function."""
-    if not isinstance(value, FunctionType):
+    """A function of this package, made anew from the same code over the same values, is the same; a model is itself."""
+    if not (isinstance(value, FunctionType) and value.__module__.startswith(OURS)):
         return type(value), value  # 1 and True are equal
     cells = tuple(_closure(cell.cell_contents) for cell in value.__closure__ or ())
     return value.__code__, cells, value.__defaults__, tuple((value.__kwdefaults__ or {}).items())

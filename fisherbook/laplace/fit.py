@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ..batches import Batches, pieces
-from ..compilation import run
+from ..compilation import run, traced_once
 from ..law import Data, Exact, Law
 from ..model import Conditional, Model, check_observations, flatten, is_traced, require
 from ..operators import dense_fisher
@@ -85,11 +85,12 @@ def laplace(
     def likelihood(flat: jax.Array, y: jax.Array, x: Any) -> jax.Array:
         return jnp.sum(Conditional.of(model, unravel(flat), x, split=False).of_observations(y))
 
-    n, sums = 0, None
+    n, sums, programs, both = 0, None, {}, jax.value_and_grad(likelihood)
     for piece in pieces(_shown(x, progress, "log-likelihood"), Data(y)):
         assert isinstance(piece.law, Data)
-        rows = check_observations(model, mean, piece.law.y, piece.x)
-        more = run(jax.value_and_grad(likelihood), flat, rows, piece.x)
+        with traced_once(programs):
+            rows = check_observations(model, mean, piece.law.y, piece.x)
+            more = run(both, flat, rows, piece.x)
         n, sums = n + len(rows), more if sums is None else jax.tree.map(jnp.add, sums, more)
     F = curvature(model, mean, _shown(x, progress, "curvature"), law=law)
     if tuple(getattr(F, "shape", ())) != (flat.size, flat.size):
