@@ -85,7 +85,8 @@ def laplace(
     def likelihood(flat: jax.Array, y: jax.Array, x: Any) -> jax.Array:
         return jnp.sum(Conditional.of(model, unravel(flat), x, split=False).of_observations(y))
 
-    n, sums, programs, both = 0, None, {}, jax.value_and_grad(likelihood)
+    n, sums, both = 0, None, jax.value_and_grad(likelihood)
+    programs: dict[Any, Any] = {}
     for piece in pieces(_shown(x, progress, "log-likelihood"), Data(y)):
         assert isinstance(piece.law, Data)
         with traced_once(programs):
