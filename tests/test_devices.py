@@ -53,17 +53,18 @@ calls = {
     "Kronecker": lambda t, x: fb.kronecker_fisher(model, t, x) @ v,
     "implicit": lambda t, x: fb.implicit_fisher(model, t, x) @ v,
 }
-from fisherbook.operators import row_blocks
+from fisherbook.operators import implicit, row_blocks
 for cap in (row_blocks.CAP, 100):  # all rows at once; and blocks of them, of which each device has its share
-    row_blocks.CAP = cap
+    row_blocks.CAP = implicit.CAP = cap
     jax.clear_caches()
     for name, call in calls.items():
         program = jax.jit(call)
         np.testing.assert_allclose(program(theta, spread), program(theta, x), atol=1e-12)
         text = program.lower(theta, spread).compile().as_text()
         assert "all-reduce" in text, name
+        assert (" while(" in text) == (cap == 100), (name, cap)  # a loop over blocks
         assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute")), (name, cap)
-row_blocks.CAP = 2**26
+row_blocks.CAP = implicit.CAP = 2**26
 inside = jax.jit(lambda t, x: fb.dense_fisher(model, t, x).as_matrix())
 np.testing.assert_allclose(inside(theta, spread), fb.dense_fisher(model, theta, x).as_matrix(), atol=1e-12)
 text = inside.lower(theta, spread).compile().as_text()

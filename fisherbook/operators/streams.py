@@ -73,6 +73,8 @@ def mean_over_rows(
         with traced_once(passes.programs):
             value = function(root)
         scaled = jax.tree.map(lambda leaf, n=root.n: n * leaf, value)
+        if not is_traced(scaled):  # else Python would run ahead, and hold the batches that wait
+            jax.block_until_ready(scaled)
         total = scaled if total is None else jax.tree.map(jnp.add, total, scaled)
         count += root.n
     dtype = root.flat.dtype  # inputs of more digits do not change the type of theta's space
