@@ -45,6 +45,7 @@ def most_steps(max_steps: int | None, d: int) -> int:
 class StreamedFisher(Fisher):
     """F through products, each of which reads all batches once; not for use inside `jax.jit`.
 
+    The first product traces the model and checks every batch; later ones reuse the programs, and check their answer.
     `solve` runs SciPy's conjugate gradients. Determinants and draws form the matrix, up to 8192 parameters.
     """
 
