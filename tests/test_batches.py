@@ -79,6 +79,7 @@ def test_a_loader_of_pairs_and_a_function():
 @pytest.mark.parametrize("build", [*BUILDS.values(), fb.low_rank_fisher], ids=[*BUILDS, "low_rank_fisher"])
 def test_one_batch_in_memory(build, law):
     """Each batch is made when it is asked for, and no earlier one is alive then."""
+    import gc
     import time
     import weakref
 
@@ -90,8 +91,9 @@ def test_one_batch_in_memory(build, law):
         for k in range(6):
             x = np.asarray(X) + k
             alive.append(weakref.ref(x))
-            until = time.monotonic() + 1.0
-            while living() > 2 and time.monotonic() < until:  # XLA lets go of its input a moment after the program
+            until = time.monotonic() + 20.0
+            while living() > 2 and time.monotonic() < until:  # XLA lets go a moment after the program,
+                gc.collect()  # and cycles are Python's collector's
                 time.sleep(0.01)
             most = max(most, living())
             yield x
