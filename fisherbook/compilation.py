@@ -73,7 +73,7 @@ def _name(function: Callable[..., Any], trees: Any) -> Any:
 
 def _closure(value: Any) -> Any:
     """A function of this package, made anew from the same code over the same values, is the same; a model is itself."""
-    if not (isinstance(value, FunctionType) and value.__module__.startswith(OURS)):
+    if not (isinstance(value, FunctionType) and (value.__module__ or "").startswith(OURS)):
         return type(value), value  # 1 and True are equal
     cells = tuple(_closure(cell.cell_contents) for cell in value.__closure__ or ())
     return value.__code__, cells, value.__defaults__, tuple((value.__kwdefaults__ or {}).items())

@@ -189,7 +189,8 @@ def kronecker_fisher(
     plans: list[Plan] = []
 
     def moments(root: Root) -> Any:
-        plans[:] = plan, *_ = plans or [make_plan(root)]
+        plans[:] = plans or [make_plan(root)]
+        (plan,) = plans
         return run(lambda r: over_blocks(r, lambda part: _moments(part, plan), r.n * _width(r, plan)), root)
 
     passes = Passes()
