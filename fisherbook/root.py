@@ -22,7 +22,7 @@ from .dependence import depends
 from .expectation import Problem, Rows, check_domain, depend, inspect, prepare, rows_weight, settle
 from .families import find_family, own_parameters, push_forward
 from .law import Data, Exact, Law, Plan, check_law
-from .model import Conditional, Model, call, flatten, is_traced, out_of_domain, row_count, take_rows
+from .model import Conditional, Model, by_identity, call, flatten, is_traced, out_of_domain, row_count, take_rows
 from .part import Part, PartOfModel
 
 CAP = 2**26  # scalars that may be held at once
@@ -86,7 +86,7 @@ def make_root(
     `start` is the number of the first row of x, by which draws are keyed.
     """
     check_law(law)
-    whole, part = (model.model, model.part) if isinstance(model, PartOfModel) else (model, None)
+    whole, part = (model.model, model.part) if isinstance(model, PartOfModel) else (by_identity(model), None)
     flat, unravel = flatten(theta, later=True)
     strong = lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf))  # of the type that `unravel` gives
     # inside jit theta as it was given: cut out of one vector again, each part would be a program of its own

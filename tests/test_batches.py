@@ -1,5 +1,6 @@
 """Batches give what the whole array gives, draws included, with one batch in memory."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +127,49 @@ def test_more_batches_and_more_passes_trace_nothing(law):
     for build in (fb.dense_fisher, fb.diagonal_fisher, fb.kronecker_fisher):
         assert traces(build, 2) == traces(build, 5) > 0
     assert traces(fb.implicit_fisher, 2, 1) == traces(fb.implicit_fisher, 5, 4) > 0
+
+
+def test_a_batch_is_waited_for_before_the_next_is_read(monkeypatch):
+    events, wait = [], jax.block_until_ready
+    monkeypatch.setattr(jax, "block_until_ready", lambda tree: (wait(tree), events.append("ended"))[0])
+
+    def source():
+        for part in SPLIT:
+            events.append("read")
+            yield part
+
+    F = fb.implicit_fisher(model, THETA, fb.Batches(source))
+    for _ in range(2):
+        events.clear()
+        F @ jnp.ones(F.d)
+        assert events == ["read", "ended"] * 3
+
+
+class Tilted(eqx.Module):
+    """A model that holds an array, so that JAX can neither hash it nor ask whether it equals another."""
+
+    tilt: jax.Array
+
+    def __call__(self, t, x):
+        return model(t, self.tilt * x)
+
+
+@pytest.mark.parametrize("build", [*BUILDS.values(), fb.low_rank_fisher], ids=[*BUILDS, "low_rank_fisher"])
+def test_models_that_hold_arrays(build):
+    """Two of one class are not taken for each other, by any operator or posterior, in jit or out of it."""
+    for tilt in (jnp.array([1.0, 2.0, -1.0]), jnp.array([0.5, 0.0, 3.0])):
+        tilted, expected = Tilted(tilt), build(lambda t, x: model(t, tilt * x), THETA, X)  # noqa: B023
+        v = jnp.linspace(-1, 1, expected.d)
+        for x in (X, fb.Batches(SPLIT)):
+            F = build(tilted, THETA, x)
+            np.testing.assert_allclose(F @ v, expected @ v, rtol=1e-5, atol=1e-12)
+            if x is X:
+                np.testing.assert_allclose(jax.jit(lambda F, v: F @ v)(F, v), expected @ v, rtol=1e-5, atol=1e-12)
+            with pytest.warns(UserWarning, match="not the mode"):
+                posterior = fb.laplace(tilted, THETA, Y, x, curvature=build)
+            if x is X:
+                jax.jit(lambda p: p.sample(KEYS[0], (2,)))(posterior)
+            np.testing.assert_allclose(posterior.precision @ v, len(X) * (expected @ v) + v, rtol=1e-5, atol=1e-12)
 
 
 def test_what_is_read_again_is_used():

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import fisherbook
-from tools.book_extension import address, chapter_table, derived_in, public_names
+from tools.book_extension import address, chapter_table, derived_in, mend_backlinks, public_names
 from tools.inputs import chapters, documents
 from tools.notebooks import normalise
 
@@ -67,6 +67,15 @@ def text_of(output):
 
 
 # ---- the whole book ----
+
+
+def test_links_from_source_pages_go_where_the_name_is_documented():
+    documented = {"fisherbook.laplace", "fisherbook.operators.base.Fisher.solve"}
+    body = '<a href="../../book/api.html#fisherbook.{}">[docs]</a>'
+    full, short = body.format("operators.base.Fisher.solve"), body.format("Fisher.solve")
+    assert mend_backlinks(short, "fisherbook.operators.base", documented) == full
+    for kept in (body.format("laplace"), body.format("Fisher.nowhere")):
+        assert mend_backlinks(kept, "fisherbook.operators.base", documented) == kept
 
 
 def test_the_tables_of_chapters_agree():

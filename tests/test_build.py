@@ -150,8 +150,12 @@ def test_takes_what_the_tests_have_executed(tmp_path):
     assert "seen by nbval" in pages["same"]
     assert "run by the build" in pages["other"]
     assert "seen by nbval" not in pages["other"]
+    executed.forget_others(tmp_path)
+    assert folder.is_dir()
     (tmp_path / "fisherbook" / "score.py").write_text("ONE = 2\n")
     assert executed.place(tmp_path) != folder
+    executed.forget_others(tmp_path)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,23 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
             np.testing.assert_allclose(blocks.as_matrix(), kron.as_matrix(), atol=1e-12)
 
 
+@pytest.mark.parametrize("case", ["MLP", "convolution"])
+def test_row_space_beyond_the_cap(case, monkeypatch):
+    """Where activations and written rows are too many to hold, the Gram matrix comes by products; the answer stays."""
+    model, theta, x = CASES[case]
+    x = x[:3]
+    exact = dense_fisher(model, theta, x)
+    v = jnp.linspace(-1, 1, exact.d)
+    for cap in (2**26, 10):
+        with monkeypatch.context() as patch:
+            patch.setattr("fisherbook.operators.implicit.CAP", cap)
+            if cap == 10:
+                patch.delattr("fisherbook.operators.layered.gram")
+            F = implicit_fisher(model, theta, x)
+            assert F.rows < F.d
+            np.testing.assert_allclose(F.solve(v, 0.1), exact.solve(v, 0.1), rtol=1e-9)
+
+
 def test_average_is_that_of_the_factors():
     model, theta, x = CASES["MLP"]
     one, two = kronecker_fisher(model, theta, x), 2.0 * kronecker_fisher(model, theta, x + 1)

@@ -1,8 +1,10 @@
 """One contract for every structure, against dense float64 linear algebra on the score covariance."""
 
+import json
 import logging
 import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from fisherbook.compilation import SEEN
 from fisherbook.families import find_family
 from fisherbook.operators import dense_fisher, diagonal_fisher, implicit_fisher, kronecker_fisher, low_rank_fisher
 
+CURVLINOPS = json.loads((Path(__file__).parent / "curvlinops.json").read_text())
 EXACT = {"dense": dense_fisher, "implicit": implicit_fisher, "low rank": partial(low_rank_fisher, rank=10_000)}
 ALL = EXACT | {
     "diagonal": diagonal_fisher,
@@ -566,6 +569,22 @@ def test_confident_logits(factor):
             at = np.ix_(block.index.at, block.index.at)
             atol = 1e-11 * np.abs(one).max() + 1e-300  # numbers below 2e-308 are rounded to zero
             np.testing.assert_allclose(K.as_matrix()[at], one[at], rtol=1e-6, atol=atol)
+
+
+@pytest.mark.parametrize("name", CURVLINOPS["products"])
+def test_a_convolution_beside_curvlinops(name):
+    """curvlinops 3 on the same weights and images, in float64 (benchmarks/peers/curvlinops_reference.py)."""
+    theta, x, v, wanted = (CURVLINOPS[field] for field in ("theta", "x", "v", "products"))
+
+    def model(t, x):
+        K, b, W, c = t
+        axes = ("NCHW", "OIHW", "NCHW")
+        h = jax.lax.conv_general_dilated(x, K, (2, 2), ((1, 1), (1, 1)), dimension_numbers=axes) + b[:, None, None]
+        return dist.Categorical(logits=jnp.tanh(h).reshape(len(x), -1) @ W.T + c)
+
+    F = kronecker_fisher(model, [jnp.array(p) for p in theta], jnp.array(x), corrected=name == "EKFAC")
+    assert [len(block.index.at) for block in F.blocks] == [57, 112]
+    np.testing.assert_allclose(F @ jnp.array(v), wanted[name], rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("law", [fb.Exact(), fb.MonteCarlo(KEY, 3)], ids=["exact", "draws"])

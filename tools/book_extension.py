@@ -37,6 +37,7 @@ MENDINGS = [
     (re.compile(r'<div role="list" class="citation-list">'), '<div class="citation-list">'),
     (re.compile(r' role="doc-biblioentry"'), ""),
 ]
+FORMULA = re.compile(r'[(\[“]?<span class="math notranslate nohighlight">[^<]*</span>[.,;:!?)\]”’]*')
 RETURNED = ("fisherbook.operators.", "fisherbook.scoring")  # modules whose classes the API reference shows
 
 
@@ -179,6 +180,8 @@ def mend_html(app: Sphinx, page: str, template: str, context: dict[str, Any], do
     if "body" in context:
         for wrong, right in MENDINGS:
             context["body"] = wrong.sub(right, context["body"])
+        # a browser would break a line between a formula and the comma behind it
+        context["body"] = FORMULA.sub(r'<span class="glued">\g<0></span>', context["body"])
     if page.startswith("_modules/fisherbook/"):
         module = page.removeprefix("_modules/").replace("/", ".")
         context["body"] = mend_backlinks(context["body"], module, set(app.env.domaindata["py"]["objects"]))

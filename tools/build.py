@@ -81,6 +81,7 @@ def _execute_stale(root: Path, cache: JupyterCacheAbstract) -> list[str]:
     notebooks = list(_executable(root))
     stale = []
     folder = executed.place(root)
+    executed.forget_others(root)
     for path, notebook in notebooks:
         if _is_cached(cache, notebook):
             continue

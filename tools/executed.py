@@ -7,6 +7,7 @@ named by the package, the lock and Python.
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,14 @@ WIDGET = "application/vnd.jupyter.widget-view+json"  # its state is the kernel's
 
 def place(root: Path) -> Path:
     return root / "_build" / "executed" / environment_fingerprint(root)[:16]
+
+
+def forget_others(root: Path) -> None:
+    """Drop what was kept under another package, lock or Python."""
+    now = place(root)
+    for folder in now.parent.glob("*"):
+        if folder != now:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def keep(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ..batches import Batches, pieces
 from ..compilation import run, traced_once
 from ..law import Data, Exact, Law
-from ..model import Conditional, Model, check_observations, flatten, is_traced, require
+from ..model import Conditional, Model, by_identity, check_observations, flatten, is_traced, require
 from ..operators import dense_fisher
 from ..part import PartOfModel, select
 from .posterior import LaplacePosterior, assemble, positive, spread
@@ -73,7 +73,8 @@ def laplace(
 
     Derived in the chapter "Laplace posteriors". Source: MacKay (1992).
     """
-    whole, part = model, None
+    model, part = by_identity(model), None
+    whole = model
     if subset is not None:
         part, theta = select(theta, subset)
         model = PartOfModel(whole, part)

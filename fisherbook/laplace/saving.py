@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..model import Model
+from ..model import Model, by_identity
 from ..operators.implicit import ImplicitFisher
 
 FORMAT, VERSION = "fisherbook posterior", 1
@@ -65,7 +65,7 @@ def load_posterior(path: Any, model: Model, theta: Any = None) -> Any:
         raise ValueError(f"{path} holds no posterior that this package has saved")
     if header["version"] > VERSION:
         raise ValueError(f"{path} was saved by a newer version of fisherbook: update it")
-    return _Reader(model, arrays, theta).value(header["content"])
+    return _Reader(by_identity(model), arrays, theta).value(header["content"])
 
 
 def _ours(cls: type) -> bool:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ..batches import Batches
 from ..compilation import hide_constants, run
 from ..law import Exact, Law
-from ..model import Model, flatten, is_traced, require
+from ..model import Model, by_identity, flatten, is_traced, require
 from ..root import CAP, Root, dense_rows, linear_map, linearize, make_root, residuals, row_shape, transpose
 from . import layered
 from .base import Fisher, is_like
@@ -176,7 +176,7 @@ class ImplicitFisher(Fisher):
         flat, linear = self.root.flat, self._linear()
         back, form = transpose(linear, flat), jax.eval_shape(linear, flat)
         layers = layered.layers_of(self.root)
-        if layers is not None and not layered.shared(layers):
+        if layers is not None and not layered.shared(layers) and layered.thin(self.root, layers) <= 4 * CAP:
             K = layered.gram(self.root, layers)
         elif self.rows * self.d <= CAP:
             rows = dense_rows(self.root).reshape(-1, self.d)
@@ -270,7 +270,7 @@ def implicit_fisher(
     Derived in the chapter "Fisher at scale". Source: Schraudolph (2002), section 3; Martens (2020), section 8.
     """
     check_options(rtol, max_steps, preconditioner)
-    flat, unravel = flatten(theta)
+    model, (flat, unravel) = by_identity(model), flatten(theta)
     rtol = max(rtol, 10 * float(jnp.finfo(flat.dtype).eps))
     one, name = jnp.ones((), flat.dtype), law_name(law)
     if isinstance(x, Batches):

@@ -19,6 +19,7 @@ from ..root import Root, outputs, push, row_shape
 from .row_blocks import over_blocks
 
 ELEMENT = 8  # multiplications that cost as much as making one number of an outer product
+SMALLER = 4  # a diagonal or a trace is little to add up: blocks of a quarter as many inputs cost a tenth more time
 
 
 class Part(NamedTuple):
@@ -232,7 +233,7 @@ def diagonal(root: Root, layers: Layers) -> jax.Array:
     def block(part: Root) -> list[jax.Array]:
         return [_squares(p) for p in parts(part, layers)]
 
-    found = over_blocks(root, block, root.n * _thin(root, layers))
+    found = over_blocks(root, block, SMALLER * thin(root, layers))
     return scatter(jnp.concatenate(found), np.concatenate(entries(layers)), root.d)
 
 
@@ -248,12 +249,13 @@ def trace(root: Root, layers: Layers) -> jax.Array:
         sizes = [jnp.sum(p.g**2, (1, 2)) * (1 if p.a is None else jnp.sum(p.a**2, 1)) for p in parts(part, layers)]
         return jnp.sum(jnp.stack(sizes))
 
-    return over_blocks(root, block, root.n * _thin(root, layers))
+    return over_blocks(root, block, SMALLER * thin(root, layers))
 
 
-def _thin(root: Root, layers: Layers) -> int:
-    """Scalars held for one input by activations, signals and rows that are written out."""
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda one: parts(one, layers), first_row(root))))
+def thin(root: Root, layers: Layers) -> int:
+    """Scalars held by the activations, signals and rows written out of all inputs."""
+    one = jax.eval_shape(lambda one: parts(one, layers), first_row(root))
+    return root.n * sum(leaf.size for leaf in jax.tree.leaves(one))
 
 
 def shared(layers: Layers) -> bool:
