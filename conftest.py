@@ -21,7 +21,19 @@ import pytest
 
 from tools import executed
 
+# Most programs of the tests run once, and most of the time went into compiling them. XLA reads these flags when it
+# starts, and then they go: the chapters, the build and what a test starts compile as they do for a reader.
+# `OPTIMISED=1 make test` compiles everything so.
+LITTLE = "" if "OPTIMISED" in os.environ else "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+GIVEN = os.environ.get("XLA_FLAGS")
+os.environ["XLA_FLAGS"] = f"{GIVEN or ''} {LITTLE}".strip()
 jax.config.update("jax_enable_x64", True)
+if LITTLE:  # the name of a program in the cache will not hold these flags, so it has a cache of its own
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"] + "/little")
+jax.block_until_ready(jax.numpy.zeros(1) + 1)
+del os.environ["XLA_FLAGS"]
+if GIVEN is not None:
+    os.environ["XLA_FLAGS"] = GIVEN
 matplotlib.use("agg")
 
 # Linux gives a process 65530 memory maps (vm.max_map_count), and each compiled program holds a few of them; XLA

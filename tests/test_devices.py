@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from conftest import LITTLE
+
 SETUP = """
 import jax
 jax.config.update("jax_enable_x64", True)
@@ -107,7 +109,7 @@ print("same")
 
 
 def start(program, *args, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} {LITTLE}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-c", program, *args],
