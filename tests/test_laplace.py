@@ -182,6 +182,17 @@ def test_structures_against_their_own_matrix(built, structure):
 
 
 @each
+def test_a_prior_for_each_leaf(built, structure):
+    b1 = 1.0 if structure == "Kronecker" else 0.2  # one number for a layer with its bias
+    posterior = built[structure].with_prior({"W1": 1.0, "W2": 3.0, "b1": b1})
+    D = np.concatenate([np.full(12, 1.0), np.full(12, 3.0), np.full(4, b1)])
+    P, flat = 40 * np.asarray(posterior.curvature.as_matrix()) + np.diag(D), np.asarray(posterior.flat)
+    np.testing.assert_allclose(posterior.covariance(), np.linalg.inv(P), rtol=1e-7, atol=1e-9)
+    value = posterior.log_likelihood + (np.log(D).sum() - flat @ (D * flat) - np.linalg.slogdet(P)[1]) / 2
+    np.testing.assert_allclose(posterior.log_marginal_likelihood(), value, rtol=1e-9)
+
+
+@each
 def test_output_covariance(built, structure):
     posterior = built[structure]
     J = jax.jacobian(lambda t: network(t, X[:7]).logits)(posterior.mean)
