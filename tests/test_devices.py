@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-from conftest import LITTLE
-
 SETUP = """
 import jax
 jax.config.update("jax_enable_x64", True)
@@ -109,7 +107,7 @@ print("same")
 
 
 def start(program, *args, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices} {LITTLE}"
+    flags = f"--xla_force_host_platform_device_count={devices}"  # compiled in full: the text of programs is looked at
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-c", program, *args],
