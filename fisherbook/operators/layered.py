@@ -19,7 +19,7 @@ from ..root import Root, outputs, push, row_shape
 from .row_blocks import over_blocks
 
 ELEMENT = 8  # multiplications that cost as much as making one number of an outer product
-SMALLER = 4  # a diagonal or a trace is little to add up: blocks of a quarter as many inputs cost a tenth more time
+SMALLER = {"diagonal": 4, "trace": 2}  # little is added up: blocks of a part of the inputs cost a tenth more time
 
 
 class Part(NamedTuple):
@@ -233,7 +233,7 @@ def diagonal(root: Root, layers: Layers) -> jax.Array:
     def block(part: Root) -> list[jax.Array]:
         return [_squares(p) for p in parts(part, layers)]
 
-    found = over_blocks(root, block, SMALLER * thin(root, layers))
+    found = over_blocks(root, block, SMALLER["diagonal"] * thin(root, layers))
     return scatter(jnp.concatenate(found), np.concatenate(entries(layers)), root.d)
 
 
@@ -249,7 +249,7 @@ def trace(root: Root, layers: Layers) -> jax.Array:
         sizes = [jnp.sum(p.g**2, (1, 2)) * (1 if p.a is None else jnp.sum(p.a**2, 1)) for p in parts(part, layers)]
         return jnp.sum(jnp.stack(sizes))
 
-    return over_blocks(root, block, SMALLER * thin(root, layers))
+    return over_blocks(root, block, SMALLER["trace"] * thin(root, layers))
 
 
 def thin(root: Root, layers: Layers) -> int:
