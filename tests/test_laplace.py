@@ -1,5 +1,6 @@
 """Laplace posteriors against conjugate models, dense linear algebra, quadrature and other software."""
 
+import re
 from functools import partial
 
 import jax
@@ -407,9 +408,15 @@ def test_passes_through_jit(built):
 
 
 def test_display_names_the_parameters():
-    html = logistic()._repr_html_()
-    assert "theta[0]" in html
+    posterior = logistic()
+    html = posterior._repr_html_()
     assert "standard deviations from its mode" in html
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", html)]
+    assert rows[0] == ["parameter", "mean", "standard deviation", "95 % interval"]
+    assert [row[0] for row in rows[1:]] == [f"theta[{i}]" for i in range(len(posterior.mean))]
+    for row, mean, sd in zip(rows[1:], posterior.mean, posterior.standard_deviations(), strict=True):
+        shown = [float(number) for number in (row[1], row[2], *row[3].split(" to "))]
+        np.testing.assert_allclose(shown, [mean, sd, mean - 1.959964 * sd, mean + 1.959964 * sd], atol=6e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
