@@ -266,6 +266,23 @@ def test_evidence_can_be_differentiated():
     )
 
 
+@each
+@pytest.mark.filterwarnings("ignore:theta is not the mode")
+def test_evidence_can_be_differentiated_in_every_structure(structure):
+    theta, y = {"W": draw(0, 3, 4), "b": draw(1, 4), "V": draw(3, 4, 2)}, np.asarray(draw(9, 40, 2))
+
+    @jax.jit
+    def evidence(noise, precision):
+        model = lambda t, x: dist.Normal(jnp.tanh(x @ t["W"] + t["b"]) @ t["V"], noise).to_event(1)
+        posterior = laplace(model, theta, y, X, prior_precision=precision, curvature=STRUCTURES[structure])
+        return posterior.log_marginal_likelihood()
+
+    slopes = jax.grad(evidence, (0, 1))(0.3, 2.0)
+    for k, slope in enumerate(slopes):
+        there = [evidence(*np.add([0.3, 2.0], 1e-4 * m * np.eye(2)[k])) for m in (-2, -1, 1, 2)]
+        np.testing.assert_allclose(slope, np.dot(there, [1, -8, 8, -1]) / 12e-4, rtol=1e-8)
+
+
 def test_flat_prior_gives_the_standard_errors_of_stata_and_statsmodels():
     data = sm.datasets.spector.load_pandas()  # Spector and Mazzeo (1980)
     x, y = np.column_stack([np.ones(32), data.exog.to_numpy()]), data.endog.to_numpy()
