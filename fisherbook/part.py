@@ -1,4 +1,4 @@
-"""A part of theta: which leaves are uncertain, and the model as a function of them alone."""
+"""A part of theta: which of its numbers are uncertain, and the model as a function of them alone."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from .model import Model
 
 
 class Part(eqx.Module):
-    """Some leaves of theta, by their numbers in its list of leaves; the others are held fixed."""
+    """Some leaves of theta, or entries of them; all other numbers are held fixed."""
 
     theta: Any
-    places: tuple[int, ...] = eqx.field(static=True)
+    places: tuple[int, ...] = eqx.field(static=True)  # the numbers of the leaves in theta's list of them
+    entries: tuple[Any, ...]  # of each: None where the whole leaf is selected, or where in it, of the selection's shape
 
     def whole(self, part: Any) -> Any:
-        """theta with the leaves of `part` in their places."""
+        """theta with the numbers of `part` in their places."""
         leaves, tree = jax.tree.flatten(self.theta)
-        for place, leaf in zip(self.places, jax.tree.leaves(part), strict=True):
-            leaves[place] = leaf
+        for place, entries, leaf in zip(self.places, self.entries, jax.tree.leaves(part), strict=True):
+            old = jnp.asarray(leaves[place])
+            leaves[place] = (
+                leaf if entries is None else old.ravel().at[entries].set(leaf, unique_indices=True).reshape(old.shape)
+            )
         return jax.tree.unflatten(tree, leaves)
 
 
@@ -38,22 +44,51 @@ class PartOfModel:
 def select(theta: Any, subset: Callable[[Any], Any]) -> tuple[Part, Any]:
     """What `subset` selects: where it is, and its values."""
     leaves, tree = jax.tree.flatten(theta)
-    wrong = "subset must return leaves of theta as they are, each once, as in lambda t: (t['w'], t['b'])"
+    sizes = [np.arange(np.size(leaf)).reshape(np.shape(leaf)) for leaf in leaves]
+    wrong = (
+        "subset must return leaves of theta, or entries of them, as they are and each once, as in "
+        "lambda t: (t['w'], t['b'][:2])"
+    )
     try:
-        places = subset(jax.tree.unflatten(tree, [_Place(k) for k in range(len(leaves))]))
-    except (TypeError, AttributeError) as error:  # arithmetic with a leaf, or an index of it
+        chosen = subset(jax.tree.unflatten(tree, [_Place(k, size) for k, size in enumerate(sizes)]))
+    except (TypeError, AttributeError, ValueError) as error:  # arithmetic with a leaf
         raise ValueError(wrong) from error
-    found = jax.tree.leaves(places)
-    if not found:
-        raise ValueError("subset selects nothing: it must return a part of theta, as in lambda t: t['out']")
-    if any(type(place) is not _Place for place in found) or len({p.number for p in found}) < len(found):
+    found = jax.tree.leaves(chosen)
+    if any(type(place) is not _Place for place in found):
         raise ValueError(wrong)
-    part = Part(theta, tuple(place.number for place in found))
-    return part, jax.tree.map(lambda place: leaves[place.number], places)
+    if not sum(place.size for place in found):
+        raise ValueError("subset selects nothing: it must return a part of theta, as in lambda t: t['out']")
+    every = np.concatenate([np.stack([np.full(p.size, p.number), p.entries.ravel()]) for p in found], 1)
+    if len(np.unique(every, axis=1).T) < every.shape[1]:
+        raise ValueError(wrong)
+    entries = tuple(None if np.array_equal(p.entries, sizes[p.number]) else jnp.asarray(p.entries) for p in found)
+    part = Part(theta, tuple(place.number for place in found), entries)
+    values = [
+        leaves[p.number] if where is None else jnp.ravel(leaves[p.number])[where]
+        for p, where in zip(found, entries, strict=True)
+    ]
+    return part, jax.tree.unflatten(jax.tree.structure(chosen), values)
 
 
 class _Place:
-    """Stands for a leaf while `subset` selects."""
+    """Stands for a leaf while `subset` selects: it can be indexed and given another shape, and nothing else."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, number: int, entries: np.ndarray) -> None:
+        self.number, self.entries = number, entries
+        self.shape, self.ndim, self.size = entries.shape, entries.ndim, entries.size
+
+    def __getitem__(self, index: Any) -> _Place:
+        return _Place(self.number, np.asarray(self.entries[index]))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def reshape(self, *shape: Any) -> _Place:
+        return _Place(self.number, self.entries.reshape(*shape))
+
+    def ravel(self) -> _Place:
+        return _Place(self.number, self.entries.ravel())
+
+    @property
+    def T(self) -> _Place:
+        return _Place(self.number, self.entries.T)

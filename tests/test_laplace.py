@@ -400,13 +400,42 @@ def test_subset_is_the_posterior_with_the_rest_known(built):
     assert last.sample(jax.random.key(0), (2, 5)).shape == (2, 5, 4, 3)
 
 
+def subnetwork(theta):
+    """A whole leaf, entries of another in an order of their own, and rows of a third."""
+    return {"all": theta["b1"], "few": theta["W1"].ravel()[[7, 2, 4]], "rows": theta["W2"][1:3]}
+
+
+CHOSEN = np.r_[24:28, 7, 2, 4, 15:21]  # where they are among W1, W2, b1
+
+
+@pytest.mark.filterwarnings("ignore:theta is not the mode")
+@pytest.mark.parametrize("structure", ["dense", "implicit", "diagonal", "Kronecker"])
+def test_subset_selects_entries_of_leaves(built, structure):
+    theta = network_weights()
+    part = laplace(network, theta, CLASSES, X, curvature=STRUCTURES[structure], subset=subnetwork)
+    precision = 40 * np.asarray(built["dense"].curvature.as_matrix())[np.ix_(CHOSEN, CHOSEN)] + np.eye(13)
+    if structure == "diagonal":
+        precision = np.diag(np.diag(precision))
+    if structure == "Kronecker":  # the bias is a layer of its own; what no layer has whole is in one block
+        precision = scipy.linalg.block_diag(precision[:4, :4], precision[4:, 4:])
+    np.testing.assert_allclose(part.covariance(), np.linalg.inv(precision), rtol=1e-8, atol=1e-12)
+    flat, unravel = jax.flatten_util.ravel_pytree(theta)
+    np.testing.assert_array_equal(jax.flatten_util.ravel_pytree(part.mean)[0], flat[CHOSEN])
+    J = jax.jacobian(lambda f: network(unravel(f), X[:3]).logits)(flat)[..., CHOSEN]
+    found = part.output_distribution(X[:3]).covariance_matrix
+    np.testing.assert_allclose(found, J @ np.linalg.inv(precision) @ np.swapaxes(J, 1, 2), rtol=1e-7, atol=1e-10)
+    draws = part.sample(jax.random.key(0), (5,))
+    assert jax.tree.map(jnp.shape, draws) == {"all": (5, 4), "few": (5, 3), "rows": (5, 2, 3)}
+
+
 @pytest.mark.parametrize(
     ("curvature", "rtol"),  # conjugate gradients stop at a residual of 1e-8
     [(fb.dense_fisher, 1e-12), (fb.implicit_fisher, 1e-8), (fb.kronecker_fisher, 1e-12)],
 )
-def test_a_part_can_be_fitted_inside_a_program(curvature, rtol):
+@pytest.mark.parametrize("subset", [lambda t: t["W2"], subnetwork], ids=["leaf", "entries"])
+def test_a_part_can_be_fitted_inside_a_program(curvature, rtol, subset):
     def last(theta):
-        options = {"curvature": curvature, "subset": lambda t: t["W2"]}
+        options = {"curvature": curvature, "subset": subset}
         posterior = laplace(network, theta, CLASSES, X, prior_precision=2.0, **options)
         return posterior, posterior.log_marginal_likelihood()
 
@@ -446,6 +475,10 @@ def test_display_names_the_parameters():
         ({"subset": lambda t: ()}, "subset selects nothing"),
         ({"subset": lambda t: t["W1"] * 2}, "subset must return leaves of theta"),
         ({"subset": lambda t: (t["b1"], t["b1"])}, "subset must return leaves of theta"),
+        ({"subset": lambda t: t["b1"][[0, 0]]}, "subset must return leaves of theta, or entries of them"),
+        ({"subset": lambda t: (t["W1"], t["W1"][0])}, "subset must return leaves of theta, or entries of them"),
+        ({"subset": lambda t: jnp.ravel(t["W1"])[:2]}, "subset must return leaves of theta, or entries of them"),
+        ({"subset": lambda t: t["b1"][:0]}, "subset selects nothing"),
         ({"curvature": fb.operators.observed_information}, r"pass law=Data\(y\)"),
         ({"curvature": lambda *a, **k: np.eye(2)}, "curvature has shape"),
         ({"must_be_mode": True}, "theta is not the mode"),

@@ -50,8 +50,9 @@ def laplace(
         curvature: `dense_fisher`, `diagonal_fisher`, `kronecker_fisher`, `low_rank_fisher`, `implicit_fisher`,
             `observed_information` (with `law=Data(y)`), or any function of their signature.
         law: the law of the curvature's expectation.
-        subset: a function from theta to the part that is uncertain, `lambda t: t["out"]`; the rest is held fixed, and
-            everything the posterior gives is about that part.
+        subset: a function from theta to the part that is uncertain: leaves, `lambda t: t["out"]`, or entries of them,
+            `lambda t: t["out"].ravel()[chosen]`; the rest is held fixed, and everything the posterior gives is about
+            that part.
         must_be_mode: raise, instead of warning, where theta is more than a tenth of a posterior standard deviation from
             the mode of the quadratic.
         progress: show a bar over the batches.
