@@ -105,18 +105,18 @@ def train(optimiser, adaptive=False):
         y = jnp.asarray(network.y)
 
         @jax.jit
-        def step(theta, state, x, y, key):
+        def step(theta, state, x, y, count):
             value, g = jax.value_and_grad(loss)(theta, x, y)
             more = dict(value_fn=lambda t: loss(t, x, y)) if adaptive else {}
             if isinstance(optimiser, optax.GradientTransformationExtraArgs):
-                more |= dict(x=x, key=key)
+                more |= dict(x=x, key=jax.random.fold_in(jax.random.key(0), count))
             updates, state = optimiser.update(g, state, theta, **more)
             return optax.apply_updates(theta, updates), state, value
 
         def losses():
-            t, state, keys = theta, optimiser.init(theta), jax.random.split(jax.random.key(0), work.AT_MOST + 1)
-            for key in keys:
-                t, state, value = step(t, state, x, y, key)
+            t, state = theta, optimiser.init(theta)
+            for count in range(work.AT_MOST + 1):
+                t, state, value = step(t, state, x, y, count)
                 yield float(value)
 
         return Race(losses)
