@@ -117,6 +117,17 @@ def test_tables_sort_by_time_and_keep_what_failed():
     assert "out of memory" in text
 
 
+def test_the_page_says_which_machine_made_which_table():
+    task = lambda machine: {"date": "2026-01-01", "machine": machine, "rows": []}
+    same = {"tasks": {"product": task("a machine"), "laplace_full": task("a machine")}}
+    assert benchmark_tables.table("machine", same).endswith("a machine, on 2026-01-01.")
+    text = benchmark_tables.table("machine", {"tasks": same["tasks"] | {"trace": task("another")}})
+    assert text.splitlines()[2:] == [
+        "| a machine | 2026-01-01 | product, laplace full |",
+        "| another | 2026-01-01 | trace |",
+    ]
+
+
 def test_a_table_that_is_not_there():
     with pytest.raises(KeyError, match="nothing"):
         benchmark_tables.table("nothing", {"tasks": {}, "versions": {}})

@@ -78,9 +78,15 @@ def _grid(lines: list[list[str]]) -> str:
 
 
 def _machine(results: dict[str, Any]) -> str:
-    machines = {(task["machine"], task["date"]) for task in results["tasks"].values()}
-    places = " and ".join(f"{machine}, on {date}" for machine, date in sorted(machines))
-    return f"Measured on a virtual machine: {places}."
+    """Where and when: of all tables at once, or of each machine and day which tables are its."""
+    tasks: dict[tuple[str, str], list[str]] = {}
+    for name, task in results["tasks"].items():
+        tasks.setdefault((task["machine"], task["date"]), []).append(name.replace("_", " "))
+    if len(tasks) == 1:
+        ((machine, date),) = tasks
+        return f"Measured on a virtual machine: {machine}, on {date}."
+    lines = [["virtual machine", "measured on", "tables"], ["---"] * 3]
+    return _grid(lines + [[machine, date, ", ".join(names)] for (machine, date), names in sorted(tasks.items())])
 
 
 def _versions(results: dict[str, Any]) -> str:
