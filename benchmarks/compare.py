@@ -63,10 +63,10 @@ def run(python: str, file: str, *arguments: str, **more: str) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, timeout=LIMIT, env=environment)
 
 
-def one(python: str, file: str, task: str, name: str, answer: Path) -> dict:
-    """What was measured, or why nothing was: too slow, too much memory, an error."""
+def answered(python: str, file: str, *arguments: str, **more: str) -> dict:
+    """What a process measured, or why nothing was: too slow, too much memory, an error."""
     try:
-        done = run(python, file, task, name, str(answer))
+        done = run(python, file, *arguments, **more)
     except subprocess.TimeoutExpired:
         return {"failed": f"not within {LIMIT} s"}
     if done.returncode < 0:
@@ -76,10 +76,16 @@ def one(python: str, file: str, task: str, name: str, answer: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def one(python: str, file: str, task: str, name: str, answer: Path) -> dict:
+    return answered(python, file, task, name, str(answer))
+
+
 def memory(python: str, file: str, task: str, name: str) -> dict:
-    """MB of a later call."""
-    done = run(python, file, task, name, **MAPPED)
-    return json.loads(done.stdout.splitlines()[-1])
+    """MB of a later call, None where that process came to no end."""
+    found = answered(python, file, task, name, **MAPPED)
+    if "failed" in found:
+        print(f"no memory of {name}: {found['failed']}", flush=True)
+    return {"memory": found.get("memory")}
 
 
 def repeated(python: str, file: str, task: str, name: str, answer: Path) -> dict:

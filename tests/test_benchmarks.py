@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -92,6 +93,32 @@ def test_of_several_processes_the_middle_one(monkeypatch):
     assert found == dict(seconds=2.2, beside=2.0, memory=20.0, first_memory=60.0, processes=3)
     monkeypatch.setattr(compare, "one", lambda *_: {"failed": "out of memory"})
     assert compare.repeated("python", "file", "task", "name", Path("answer")) == {"failed": "out of memory"}
+
+
+def test_memory_that_could_not_be_measured(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import compare
+
+    monkeypatch.setattr(compare, "LIMIT", 0.01)
+    asked = (sys.executable, "ours.py", "inputs", "dense_fisher, 1000000")
+    assert compare.memory(*asked) == {"memory": None}
+    assert "no memory of dense_fisher, 1000000: not within 0.01 s" in capsys.readouterr().out
+    done = subprocess.CompletedProcess([], 0, b'loaded\n{"memory": 7.0}\n')
+    monkeypatch.setattr(compare, "run", lambda *_, **__: done)
+    assert compare.memory(*asked) == {"memory": 7.0}
+    row = dict(name="dense_fisher, 1000", seconds=2.0, memory=None)
+    text = benchmark_tables.table("inputs", {"tasks": {"inputs": {"rows": [row]}}})
+    assert "| dense_fisher | 2 | not measured |" in text
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
+def test_memory_of_slow_calls_is_that_of_one(work, monkeypatch):
+    calls = []
+    work.peak_of(lambda: calls.append(1))
+    assert len(calls) == 3
+    monkeypatch.setattr(work, "PATIENCE", 0.0)
+    work.peak_of(lambda: calls.append(1))
+    assert len(calls) == 3 + 2
 
 
 def test_every_task_was_measured(work):

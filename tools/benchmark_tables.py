@@ -40,7 +40,7 @@ def _columns(name: str, rows: list[dict[str, Any]]) -> tuple[list[str], list[Any
     """Headings, and functions from a row to a number, a text, or None."""
     seconds = lambda row: row["seconds"]
     first = lambda row: max(row["first"] - row["seconds"], 0.0)
-    memory = lambda row: f"{row['memory']:.0f}"
+    memory = lambda row: _megabytes(row.get("memory"))
     error = lambda row: None if row["error"] is None else f"{row['error']:.0e}"
     heads, cells = ["library", "seconds"], [seconds]
     if name == "training":
@@ -53,7 +53,7 @@ def _columns(name: str, rows: list[dict[str, Any]]) -> tuple[list[str], list[Any
     calls = LOOP if name == "loop" else 1
     what = "$R^\\top R$" if name == "matrix" else "a gradient"
     heads, cells = [*heads, f"to {what}"], [*cells, lambda row: row["seconds"] / row["beside"] / calls]
-    whole = lambda row: f"{row['first_memory']:.0f}"
+    whole = lambda row: _megabytes(row["first_memory"])
     return [*heads, "MB", "first call, s", "first call, MB", "error"], [*cells, memory, first, whole, error]
 
 
@@ -69,8 +69,12 @@ def _inputs(rows: list[dict[str, Any]]) -> str:
     for function, at in found.items():
         last = at[sizes[-1]]
         times = [_number(at[n].get("seconds")) for n in sizes]
-        lines.append([function, *times, "" if "failed" in last else f"{last['memory']:.0f}"])
+        lines.append([function, *times, _megabytes(last.get("memory"))])
     return _grid(lines)
+
+
+def _megabytes(memory: float | None) -> str:
+    return "not measured" if memory is None else f"{memory:.0f}"
 
 
 def _grid(lines: list[list[str]]) -> str:

@@ -186,14 +186,14 @@ def forget_peak() -> None:
 
 
 def peak_of(call: Callable[[], object]) -> float:
-    """MB that a call, not the first, holds at its worst beyond what was in use before it; the largest of two.
+    """MB that a call, not the first, holds at its worst beyond what was in use before it.
 
-    In a process of its own, started with MALLOC_MMAP_THRESHOLD_ (`compare.MAPPED`): then what large arrays held goes
-    back to the system at once, and no call finds pages that an earlier one left.
+    The largest of two calls, or that of one where calls take PATIENCE or longer. In a process of its own, started with
+    MALLOC_MMAP_THRESHOLD_ (`compare.MAPPED`): then what large arrays held goes back to the system at once, and no call
+    finds pages that an earlier one left.
     """
-    call()
-    peaks = []
-    for _ in range(2):
+    first, peaks = seconds_of(call), []
+    for _ in range(2 if first < PATIENCE else 1):
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         forget_peak()
